@@ -1,0 +1,114 @@
+"""YAML plus ``key=value`` overrides become a typed, frozen config. Knows nothing of CT.
+
+A config is a frozen dataclass that stands beside the code it configures. A YAML file lists only
+what differs from the defaults; a misspelt key or a wrong type stops the run before it starts.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config file or override that can't be used."""
+
+
+def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file, apply ``key=value`` overrides, and validate against a dataclass.
+
+    Args:
+        schema: The frozen dataclass of the command.
+        path: YAML file; ``None`` starts from the defaults.
+        overrides: For example ``["optim.lr=1e-4", "model.vision.depth=6"]``.
+
+    Returns:
+        An instance of ``schema``.
+
+    Raises:
+        ConfigError: If the file can't be read, a key is unknown or a value has the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    source = str(path) if path is not None else "defaults"
+    try:
+        base = OmegaConf.load(path) if path is not None else OmegaConf.create({})
+        data = OmegaConf.to_container(
+            OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides))), resolve=True
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; see the folder configs/") from None
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{source}: not a readable config: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected a mapping of keys to values at the top level")
+    return from_dict(schema, data, source=source)
+
+
+def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") -> T:
+    """Validate a plain mapping against a dataclass; the inverse of :func:`to_dict`.
+
+    Raises:
+        ConfigError: If a key is unknown or a value has the wrong type or is refused.
+    """
+    import pydantic
+
+    for where, known in _unknown_keys(schema, data, ""):
+        close = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+        raise ConfigError(f"{source}: unknown config key {where}{hint}")
+    try:
+        return pydantic.TypeAdapter(schema).validate_python(_plain(data))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise ConfigError(f"{source}: {where}: {first['msg']}, got {first['input']!r}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config into plain YAML- and JSON-able values (tuples become lists)."""
+    return _plain(dataclasses.asdict(config))
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write the resolved config as YAML, so that a run can be repeated from its folder."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass inside ``X``, ``X | None`` or ``Optional[X]``; None where there is none."""
+    if dataclasses.is_dataclass(annotation):
+        return typing.cast(type, annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(annotation) if dataclasses.is_dataclass(arg)]
+        return typing.cast(type, inner[0]) if len(inner) == 1 else None
+    return None
+
+
+def _unknown_keys(
+    schema: Any, data: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, list[str]]]:
+    hints = typing.get_type_hints(schema)
+    for key, value in data.items():
+        if key not in hints:
+            yield f"{prefix}{key}", [f"{prefix}{known}" for known in hints]
+            continue
+        nested = _dataclass_of(hints[key])
+        if nested is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(nested, value, f"{prefix}{key}.")

@@ -1,0 +1,1 @@
+"""Embeddings to what is known about the model."""

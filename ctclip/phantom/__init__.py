@@ -1,0 +1,1 @@
+"""Seed to a cohort of chest CTs and reports on disk."""
