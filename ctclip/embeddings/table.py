@@ -1,11 +1,6 @@
-"""Volumes and reports → EmbeddingTable, the one artefact that evaluation and retrieval share.
-
-A table knows which model and which preprocessing made it, and refuses to meet a table of another.
-It holds identifiers, vectors and labels; anything else about a patient only if asked for by name.
-"""
+"""The table of embeddings: identifiers, vectors, labels and the model that they come from."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from ctclip.findings import FINDINGS
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["volume", "report"]
 

@@ -1,0 +1,20 @@
+"""Volumes and reports → EmbeddingTable, the one artefact that evaluation and retrieval share.
+
+A table knows which model and which preprocessing made it, and refuses to meet a table of another.
+It holds identifiers, vectors and labels; anything else about a patient only if asked for by name.
+"""
+
+from ctclip.embeddings.encode import embed_file, embed_texts
+from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes
+from ctclip.embeddings.table import EmbeddingError, EmbeddingTable, concatenate
+
+__all__ = [
+    "DEFAULT_FIELDS",
+    "EmbeddingError",
+    "EmbeddingTable",
+    "concatenate",
+    "embed_file",
+    "embed_reports",
+    "embed_texts",
+    "embed_volumes",
+]

@@ -1,0 +1,276 @@
+"""Embed a cohort once: sharded, resumable, shared out over processes."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ctclip import distributed
+from ctclip.embeddings.encode import embed_texts, encode_batch, progress
+from ctclip.embeddings.table import EmbeddingError, EmbeddingTable, Kind, concatenate
+from ctclip.findings import FINDINGS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ctclip.checkpoint import Checkpoint
+    from ctclip.data.cache import PreparedCohort
+    from ctclip.data.manifest import VolumeRecord
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FIELDS = ("sex", "age", "manufacturer", "kernel")
+"""What a table carries about a patient unless told otherwise: no text, name or date."""
+
+REPORT_FIELDS = ("report", "findings", "impression")
+MAX_AGE_YEARS = 89
+"""Older ages are stored as one class, as HIPAA's Safe Harbor asks; list ``exact_age`` to keep."""
+
+SHARD_ROWS = 64
+"""Volumes per shard: what an interrupted export loses at most, per process."""
+
+
+def embed_volumes(
+    checkpoint: "Checkpoint",
+    cohort: "PreparedCohort",
+    records: "Sequence[VolumeRecord] | None" = None,
+    *,
+    out: str | Path | None = None,
+    batch_size: int = 4,
+    workers: int = 0,
+    device: str = "cpu",
+    fields: Sequence[str] = DEFAULT_FIELDS,
+) -> EmbeddingTable:
+    """Embed prepared volumes, once.
+
+    With ``out``, rows that the file already holds are not computed again, and finished shards
+    survive a kill: calling again goes on where it was. Under ``torchrun`` or ``deepspeed`` the
+    processes share the work and every one returns the whole table.
+
+    Args:
+        checkpoint: The model with its preprocessing.
+        cohort: Volumes prepared with the same preprocessing.
+        records: Which of them, in the order of the result; ``None`` means all.
+        out: Parquet file to write and to resume from; its shards lie beside it until it is done.
+        batch_size: Volumes per forward pass.
+        workers: Processes that read ahead.
+        device: For example ``"cuda:0"``.
+        fields: Names of metadata to carry along, beside ``report``, ``findings`` and
+            ``impression``. Nothing that isn't listed gets into the table.
+
+    Returns:
+        One row per record, in order.
+
+    Raises:
+        EmbeddingError: If the cohort was prepared differently from what the model was trained
+            on, ``out`` is of another model, or a field is unknown.
+    """
+    import torch
+
+    records = list(cohort.records if records is None else records)
+    expected = checkpoint.volume_config.fingerprint()
+    if cohort.fingerprint != expected:
+        raise EmbeddingError(
+            f"the checkpoint {checkpoint.sha256[:12]} was trained on preprocessing {expected}, "
+            f"the cohort is prepared as {cohort.fingerprint}; prepare it again with the "
+            "checkpoint's settings: ctclip-prepare --like <checkpoint>"
+        )
+    provenance = _provenance(checkpoint)
+    shards = _Shards(out, "volume", provenance, fields) if out is not None else None
+    done = shards.read() if shards else []
+    known = {volume for table in done for volume in table.volume_id}
+    todo = [record for record in records if record.volume_id not in known]
+    mine = todo[distributed.rank() :: distributed.world_size()]
+    if known:
+        logger.info("%d of %d volumes are embedded already", len(records) - len(todo), len(records))
+
+    model = checkpoint.model.to(device).eval()
+    batches: Any = torch.utils.data.DataLoader(
+        _Volumes(cohort, mine),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+        collate_fn=torch.stack,
+    )
+    rows: list[EmbeddingTable] = []
+    start = 0
+    with torch.inference_mode():
+        for hu in progress(batches, len(batches), "embed", "batch"):
+            batch = mine[start : start + len(hu)]
+            start += len(hu)
+            prompt, report = encode_batch(checkpoint, model, hu.to(device))
+            rows.append(_rows(batch, prompt, report, "volume", provenance, fields))
+            if shards and sum(map(len, rows)) >= SHARD_ROWS:
+                done.append(shards.write(concatenate(rows)))
+                rows = []
+    if rows:
+        table = concatenate(rows)
+        done.append(shards.write(table) if shards else table)
+    if shards:
+        distributed.barrier()
+        done = shards.read()
+    elif distributed.world_size() > 1:
+        done = [table for part in distributed.gather_objects(done) for table in part]
+    if not done:
+        raise EmbeddingError("no volumes to embed: the list of records is empty")
+
+    table = concatenate(done)
+    row_of = {volume: row for row, volume in enumerate(table.volume_id)}
+    table = table.select([row_of[record.volume_id] for record in records])
+    if shards:
+        distributed.barrier()  # nobody deletes shards that another process is reading
+        if distributed.is_main():
+            shards.finish(table)
+        distributed.barrier()
+    return table
+
+
+def embed_reports(
+    checkpoint: "Checkpoint",
+    records: "Sequence[VolumeRecord]",
+    *,
+    sections: Literal["both", "findings", "impression"] = "both",
+    batch_size: int = 32,
+    device: str = "cpu",
+    fields: Sequence[str] = DEFAULT_FIELDS,
+) -> EmbeddingTable:
+    """Embed the report of every study that has one.
+
+    Args:
+        checkpoint: The model.
+        records: Volumes; the volumes of a study share one report, which gives one row.
+        sections: Which part of the report to embed.
+        batch_size: Reports per forward pass.
+        device: For example ``"cuda:0"``.
+        fields: Names of metadata to carry along; the text itself only when listed.
+
+    Returns:
+        A table of kind ``"report"`` in the order in which the studies first appear.
+
+    Raises:
+        EmbeddingError: If no record has a report.
+    """
+    from ctclip.data.report import report_text
+
+    texts: dict[str, str] = {}
+    studies: dict[str, VolumeRecord] = {}
+    for record in records:
+        text = report_text(record.findings, record.impression, sections)
+        if text and record.study_id not in texts:
+            texts[record.study_id], studies[record.study_id] = text, record
+    if not texts:
+        raise EmbeddingError(
+            f"none of the {len(records)} records has a report (sections={sections})"
+        )
+    vectors = embed_texts(checkpoint, list(texts.values()), batch_size=batch_size, device=device)
+    provenance = {**_provenance(checkpoint), "sections": sections}
+    return _rows(list(studies.values()), vectors, None, "report", provenance, fields)
+
+
+class _Volumes:
+    """Prepared volumes as a PyTorch dataset; a class so that workers can be spawned."""
+
+    def __init__(self, cohort: "PreparedCohort", records: "Sequence[VolumeRecord]") -> None:
+        self.cohort, self.volume_ids = cohort, [record.volume_id for record in records]
+
+    def __len__(self) -> int:
+        return len(self.volume_ids)
+
+    def __getitem__(self, index: int) -> "Tensor":
+        import torch
+
+        return torch.from_numpy(np.asarray(self.cohort.read(self.volume_ids[index])))
+
+
+def _provenance(checkpoint: "Checkpoint") -> dict[str, str]:
+    step = checkpoint.provenance.get("step", "?")
+    return {
+        "checkpoint": checkpoint.sha256,
+        "fingerprint": checkpoint.volume_config.fingerprint(),
+        "model": f"ctclip step {step}",
+    }
+
+
+def _rows(
+    records: "Sequence[VolumeRecord]",
+    prompt: np.ndarray,
+    report: np.ndarray | None,
+    kind: Kind,
+    provenance: dict[str, str],
+    fields: Sequence[str],
+) -> EmbeddingTable:
+    labels = [[record.labels.get(name, np.nan) for name in FINDINGS] for record in records]
+    return EmbeddingTable(
+        volume_id=[record.volume_id for record in records],
+        study_id=[record.study_id for record in records],
+        patient_id=[record.patient_id for record in records],
+        split=[record.split for record in records],
+        vectors=prompt,
+        labels=np.array(labels, dtype=np.float32).reshape(len(records), len(FINDINGS)),
+        kind=kind,
+        provenance=provenance,
+        report_vectors=report,
+        fields={name: [_field(record, name) for record in records] for name in fields},
+    )
+
+
+def _field(record: "VolumeRecord", name: str) -> str:
+    if name == "report":
+        return " ".join(part for part in (record.findings, record.impression) if part)
+    if name in REPORT_FIELDS:
+        return getattr(record, name) or ""
+    if name == "exact_age":
+        return record.meta.get("age", "")
+    value = record.meta.get(name, "")
+    if name == "age":
+        try:
+            return str(MAX_AGE_YEARS + 1) if float(value) > MAX_AGE_YEARS else value
+        except ValueError:
+            return ""
+    return value
+
+
+class _Shards:
+    """The finished parts of an export: ``<out>.parts/<hash of the ids>.parquet``.
+
+    A shard's name follows from its content, so writing it twice changes nothing, and processes
+    of a restarted job may cut the work differently.
+    """
+
+    def __init__(
+        self, out: str | Path, kind: Kind, provenance: dict[str, str], fields: Sequence[str]
+    ) -> None:
+        self.out = Path(out)
+        self.folder = self.out.with_name(self.out.name + ".parts")
+        self.kind, self.provenance, self.fields = kind, provenance, list(fields)
+
+    def read(self) -> list[EmbeddingTable]:
+        paths = [self.out] if self.out.is_file() else []
+        paths += sorted(self.folder.glob("*.parquet"))
+        tables = [EmbeddingTable.load(path) for path in paths if not path.name.startswith(".")]
+        for path, table in zip(paths, tables, strict=True):
+            try:
+                table.require_same_space(self.provenance)
+            except EmbeddingError as error:
+                raise EmbeddingError(f"{path}: {error}; or choose another --out") from None
+            if list(table.fields) != self.fields:
+                raise EmbeddingError(
+                    f"{path} carries the fields {list(table.fields)}, asked for are {self.fields}; "
+                    "delete it or choose another --out"
+                )
+        return tables
+
+    def write(self, table: EmbeddingTable) -> EmbeddingTable:
+        name = hashlib.sha256("\n".join(table.volume_id).encode()).hexdigest()[:16]
+        table.save(self.folder / f"{name}.parquet")
+        return table
+
+    def finish(self, table: EmbeddingTable) -> None:
+        table.save(self.out)
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
