@@ -1,0 +1,146 @@
+"""Which cases of an archive may be returned: one description, two readers (NumPy and Milvus)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctclip.embeddings import EmbeddingError, EmbeddingTable
+from ctclip.findings import FINDINGS
+
+UNKNOWN_LABEL = -1
+"""How the index stores a finding that nobody annotated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Conditions that all have to hold; an empty filter lets every case through.
+
+    Cases where a field is empty never meet a condition on that field.
+    """
+
+    present: tuple[str, ...] = ()
+    """Findings labelled present."""
+
+    absent: tuple[str, ...] = ()
+    """Findings labelled absent; not the same as unlabelled."""
+
+    unknown: tuple[str, ...] = ()
+    """Findings that nobody annotated."""
+
+    sex: str | None = None
+    age: tuple[float, float] | None = None
+    """Years, both ends included."""
+
+    date: tuple[str, str] | None = None
+    """ISO dates (2024-01-31), both ends included."""
+
+    hospital: tuple[str, ...] = ()
+    manufacturer: tuple[str, ...] = ()
+    """Scanner makers."""
+
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        for finding in (*self.present, *self.absent, *self.unknown):
+            if finding not in FINDINGS:
+                raise ValueError(f"unknown finding {finding!r}; known: {', '.join(FINDINGS)}")
+        if self.age is not None and not self.age[0] <= self.age[1]:
+            raise ValueError(f"age must be (low, high) with low <= high, got {self.age}")
+        if self.date is not None and not self.date[0] <= self.date[1]:
+            raise ValueError(f"date must be (first, last) with first <= last, got {self.date}")
+
+    @property
+    def fields(self) -> list[str]:
+        """The table's fields that this filter reads."""
+        names = ("sex", "age", "date", "hospital", "manufacturer")
+        return [name for name in names if getattr(self, name)]
+
+    def mask(self, table: EmbeddingTable) -> np.ndarray:
+        """``(N,)`` bool: which rows pass.
+
+        Raises:
+            EmbeddingError: If the table doesn't carry a field that the filter reads.
+        """
+        require_fields(self.fields, list(table.fields))
+        keep = np.ones(len(table), dtype=bool)
+        for findings, value in ((self.present, 1.0), (self.absent, 0.0)):
+            for finding in findings:
+                keep &= table.labels[:, FINDINGS.index(finding)] == value
+        for finding in self.unknown:
+            keep &= np.isnan(table.labels[:, FINDINGS.index(finding)])
+        if self.sex:
+            keep &= np.array([value == self.sex for value in table.fields["sex"]], dtype=bool)
+        if self.age:
+            ages = np.array([number(value) for value in table.fields["age"]])
+            keep &= (ages >= self.age[0]) & (ages <= self.age[1])
+        if self.date:
+            low, high = self.date
+            dates = table.fields["date"]
+            keep &= np.array([bool(day) and low <= day <= high for day in dates], dtype=bool)
+        for name in ("hospital", "manufacturer"):
+            if wanted := getattr(self, name):
+                keep &= np.array([value in wanted for value in table.fields[name]], dtype=bool)
+        if self.split:
+            keep &= np.array([value == self.split for value in table.split], dtype=bool)
+        return keep
+
+    def expression(self) -> str:
+        """The same conditions in Milvus's filter language; empty when nothing is filtered."""
+        terms = []
+        for findings, value in (
+            (self.present, 1),
+            (self.absent, 0),
+            (self.unknown, UNKNOWN_LABEL),
+        ):
+            terms += [f"{label_column(finding)} == {value}" for finding in findings]
+        if self.sex:
+            terms.append(f"sex == {quoted(self.sex)}")
+        if self.age:
+            terms.append(f"age >= {float(self.age[0])} and age <= {float(self.age[1])}")
+        if self.date:
+            low, high = self.date
+            terms.append(f'date != "" and date >= {quoted(low)} and date <= {quoted(high)}')
+        for name in ("hospital", "manufacturer"):
+            if wanted := getattr(self, name):
+                terms.append(f"{name} in [{', '.join(quoted(value) for value in wanted)}]")
+        if self.split:
+            terms.append(f"split == {quoted(self.split)}")
+        return " and ".join(terms)
+
+
+def label_column(finding: str) -> str:
+    """The index's column of a finding's label: Milvus takes no blanks in a name."""
+    return "label_" + finding.lower().replace(" ", "_")
+
+
+def quoted(value: str) -> str:
+    """A string literal of Milvus's filter language; nothing in the value can end it early."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    if any(ord(character) < 32 for character in escaped):
+        raise ValueError(f"control characters can't be searched for: {value!r}")
+    return f'"{escaped}"'
+
+
+def number(value: str) -> float:
+    """A field as a number; nan, which meets no condition, where it is empty or something else."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def require_fields(wanted: Sequence[str], available: Sequence[str]) -> None:
+    """Check that an archive carries the fields that a filter reads.
+
+    Raises:
+        EmbeddingError: If it lacks one.
+    """
+    missing = [name for name in wanted if name not in available]
+    if missing:
+        raise EmbeddingError(
+            f"the archive doesn't carry {', '.join(missing)} (it carries: "
+            f"{', '.join(available) or 'no field'}); export again with "
+            f"fields={','.join([*available, *missing])}"
+        )
