@@ -1,0 +1,244 @@
+"""How well scores rank and separate: per finding, macro, with patient-grouped intervals.
+
+A finding that can't be measured (no positives, no negatives, nothing known) says so in its
+``note`` and is left out of the macro average; nothing becomes 0.5 in silence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from ctclip.evaluation import bootstrap
+from ctclip.evaluation.scores import ScoreTable
+
+FEW_PATIENTS = 10
+"""Below this many positive or negative patients, an interval is a guess and is called one."""
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve; ties count one half.
+
+    Args:
+        labels: ``(N,)`` 1, 0 or nan (left out).
+        scores: ``(N,)``; nan is left out.
+
+    Returns:
+        nan where only one class is known.
+    """
+    label, score = known(labels, scores)
+    positives = int(label.sum())
+    negatives = len(label) - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    ranks = rankdata(score)[label].sum()
+    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the precision-recall curve, step-wise as scikit-learn defines it."""
+    label, score = known(labels, scores)
+    if label.all() or not label.any():
+        return float("nan")
+    return float(weighted_average_precision(label, score, np.ones((len(label), 1)))[0])
+
+
+def weighted_average_precision(
+    label: np.ndarray, score: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Average precision under ``R`` sets of case weights; a :data:`bootstrap.Statistic`.
+
+    Args:
+        label: ``(n,)`` bool.
+        score: ``(n,)``.
+        weights: ``(n, R)``.
+
+    Returns:
+        ``(R,)``; nan where no positive has weight.
+    """
+    order = np.argsort(-score, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
+    sorted_weights = weights[order]
+    total = np.cumsum(sorted_weights, axis=0)[ends]
+    hits = np.cumsum(sorted_weights * label[order, None], axis=0)[ends]
+    precision = np.divide(hits, total, out=np.zeros_like(hits), where=total > 0)
+    gained = np.diff(hits, axis=0, prepend=0)
+    area = (gained * precision).sum(axis=0)
+    return np.divide(area, hits[-1], out=np.full(area.shape, np.nan), where=hits[-1] > 0)
+
+
+def sensitivity_at_specificity(
+    labels: np.ndarray, scores: np.ndarray, specificity: float = 0.9
+) -> float:
+    """Highest sensitivity of any threshold on these scores with at least that specificity."""
+    label, score = known(labels, scores)
+    if label.all() or not label.any():
+        return float("nan")
+    negatives = np.sort(score[~label])
+    index = int(np.ceil(specificity * len(negatives) - 1e-9)) - 1
+    cut = negatives[index] if index >= 0 else -np.inf
+    return float((score[label] > cut).mean())
+
+
+def known(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cases with a known label and a score: labels as bool, scores as they are."""
+    mask = ~np.isnan(labels) & ~np.isnan(scores)
+    return labels[mask] == 1.0, scores[mask]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindingResult:
+    """What is known about one finding. Interval ends are nan where there is no interval."""
+
+    finding: str
+    positives: int
+    negatives: int
+    unknown: int
+    """Cases without a label or without a score."""
+
+    positive_patients: int
+    prevalence: float
+    auroc: float
+    auroc_low: float = float("nan")
+    auroc_high: float = float("nan")
+    average_precision: float = float("nan")
+    average_precision_low: float = float("nan")
+    average_precision_high: float = float("nan")
+    sensitivity_at_90_specificity: float = float("nan")
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Result of :func:`evaluate` for one score table."""
+
+    model: str
+    findings: list[FindingResult]
+    macro: dict[str, float]
+    """Mean over the ``num_findings`` that could be measured, with its interval."""
+
+    cases: int
+    patients: int
+    header: dict[str, Any] = field(default_factory=dict)
+    replicates: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    """``(R, K)`` AUROC in each bootstrap replicate."""
+
+    def frame(self) -> pd.DataFrame:
+        """One row per finding."""
+        return pd.DataFrame([asdict(result) for result in self.findings])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; undefined numbers are ``None``."""
+        rows = [asdict(result) for result in self.findings]
+        plain: dict[str, Any] = _without_nan(
+            {
+                "model": self.model,
+                "cases": self.cases,
+                "patients": self.patients,
+                "header": self.header,
+                "macro": self.macro,
+                "findings": rows,
+            }
+        )
+        return plain
+
+
+def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Evaluation:
+    """Per-finding and macro AUROC and average precision with 95 % intervals.
+
+    Args:
+        table: Scores of one model; every row is used.
+        replicates: Patient-grouped bootstrap replicates; 0 leaves the intervals out.
+        seed: Seed of the draws.
+
+    Returns:
+        The evaluation. Findings are in the table's order.
+    """
+    draws = bootstrap.draw(table.patient_id, replicates, seed)
+    areas = bootstrap.replicate(draws, table.labels, table.scores)
+    precisions = bootstrap.replicate(
+        draws, table.labels, table.scores, statistic=weighted_average_precision
+    )
+    results = []
+    for k, finding in enumerate(table.findings):
+        labels, scores = table.labels[:, k], table.scores[:, k]
+        label, _ = known(labels, scores)
+        mask = ~np.isnan(labels) & ~np.isnan(scores)
+        positives, negatives = int(label.sum()), int((~label).sum())
+        sick = len(np.unique(table.patient_id[mask][label]))
+        well = len(np.unique(table.patient_id[mask][~label]))
+        low, high = bootstrap.interval(areas[:, k])
+        precision_low, precision_high = bootstrap.interval(precisions[:, k])
+        results.append(
+            FindingResult(
+                finding=finding,
+                positives=positives,
+                negatives=negatives,
+                unknown=len(labels) - len(label),
+                positive_patients=sick,
+                prevalence=positives / len(label) if len(label) else float("nan"),
+                auroc=auroc(labels, scores),
+                auroc_low=low,
+                auroc_high=high,
+                average_precision=average_precision(labels, scores),
+                average_precision_low=precision_low,
+                average_precision_high=precision_high,
+                sensitivity_at_90_specificity=sensitivity_at_specificity(labels, scores),
+                note=_note(positives, negatives, min(sick, well)),
+            )
+        )
+    return Evaluation(
+        model=table.name,
+        findings=results,
+        macro=_macro(results, areas, precisions),
+        cases=len(table),
+        patients=len(np.unique(table.patient_id)),
+        header=dict(table.header),
+        replicates=areas,
+    )
+
+
+def mean_over_findings(replicates: np.ndarray) -> np.ndarray:
+    """``(R, K)`` to ``(R,)``: the macro average of each replicate over what it could measure."""
+    defined = ~np.isnan(replicates)
+    counts = defined.sum(axis=1)
+    sums = np.where(defined, replicates, 0.0).sum(axis=1)
+    return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+
+
+def _macro(
+    results: list[FindingResult], areas: np.ndarray, precisions: np.ndarray
+) -> dict[str, float]:
+    measured = [result for result in results if not np.isnan(result.auroc)]
+    macro: dict[str, float] = {"num_findings": float(len(measured))}
+    for name, replicates in (("auroc", areas), ("average_precision", precisions)):
+        values = [getattr(result, name) for result in measured]
+        low, high = bootstrap.interval(mean_over_findings(replicates))
+        macro[name] = float(np.mean(values)) if values else float("nan")
+        macro[f"{name}_low"], macro[f"{name}_high"] = low, high
+    return macro
+
+
+def _note(positives: int, negatives: int, patients: int) -> str:
+    if positives == 0 and negatives == 0:
+        return "nothing known: not measured"
+    if positives == 0:
+        return "no positives: not measured"
+    if negatives == 0:
+        return "no negatives: not measured"
+    if patients < FEW_PATIENTS:
+        return f"rough: {patients} patients in the smaller class"
+    return ""
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float | np.floating) and np.isnan(value):
+        return None
+    return value

@@ -1,0 +1,178 @@
+"""Figures of an evaluation. Each function returns a Figure; nothing is shown or kept open."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from ctclip.evaluation import metrics
+from ctclip.evaluation.scores import ScoreTable
+
+COLOURS = ("#1f5fa8", "#d9772b", "#3d8f5f", "#8a4fa3", "#b8433f", "#5f6b76")
+"""One per model: blue, orange, green, violet, red, grey; told apart in greyscale as well."""
+
+INK = "#22303c"
+FAINT = "#c9d1d9"
+CHANCE = "#9aa5b1"
+
+
+def roc_grid(tables: Sequence[ScoreTable], evaluations: Sequence[metrics.Evaluation]) -> Figure:
+    """One small ROC per finding, all models in each; findings that can't be measured say why.
+
+    Args:
+        tables: One per model, all with the same findings.
+        evaluations: Theirs, in the same order.
+    """
+    findings = tables[0].findings
+    columns = 6 if len(findings) > 6 else max(len(findings), 1)
+    rows = -(-len(findings) // columns)
+    figure = Figure(figsize=(2.35 * columns, 2.65 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for k, axis in enumerate(axes.flat):
+        if k >= len(findings):
+            axis.set_visible(False)
+            continue
+        _frame(axis, findings[k])
+        if any(not np.isnan(evaluation.findings[k].auroc) for evaluation in evaluations):
+            axis.plot([0, 1], [0, 1], color=CHANCE, lw=0.8, ls=(0, (4, 3)))
+        for m, (table, evaluation) in enumerate(zip(tables, evaluations, strict=True)):
+            result = evaluation.findings[k]
+            if np.isnan(result.auroc):
+                axis.text(0.5, 0.5, result.note.replace(": ", ":\n"), ha="center", va="center",
+                          fontsize=7, color=INK)  # fmt: skip
+                continue
+            label, score = metrics.known(table.labels[:, k], table.scores[:, k])
+            fpr, tpr, _ = roc_curve(label, score)
+            colour = COLOURS[m % len(COLOURS)]
+            axis.plot(fpr, tpr, color=colour, lw=1.4)
+            text = f"{result.auroc:.2f}"
+            if not np.isnan(result.auroc_low):
+                text += f" [{result.auroc_low:.2f}, {result.auroc_high:.2f}]"
+            axis.text(0.97, 0.05 + 0.105 * (len(tables) - 1 - m), text, ha="right", fontsize=7.5,
+                      color=colour)  # fmt: skip
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set_aspect("equal")
+    if len(tables) > 1:
+        _legend(figure, [evaluation.model for evaluation in evaluations])
+    figure.supxlabel("1 − specificity", fontsize=9, color=INK)
+    figure.supylabel("sensitivity", fontsize=9, color=INK)
+    return figure
+
+
+def auc_bars(evaluations: Sequence[metrics.Evaluation]) -> Figure:
+    """AUROC per finding and macro with 95 % intervals, one bar per model.
+
+    Bars start at 0.5, so that their length is the gain over chance.
+    """
+    names = [result.finding for result in evaluations[0].findings]
+    order = sorted(
+        range(len(names)), key=lambda k: np.nan_to_num(evaluations[0].findings[k].auroc, nan=-1)
+    )
+    height = 0.26 + 0.2 * len(evaluations)
+    figure = Figure(figsize=(7.4, 1.3 + height * (len(names) + 1)), layout="constrained")
+    axis = figure.subplots()
+    thickness = 0.78 / len(evaluations)
+    for m, evaluation in enumerate(evaluations):
+        colour = COLOURS[m % len(COLOURS)]
+        macro = evaluation.macro
+        bars = [(macro["auroc"], macro["auroc_low"], macro["auroc_high"], "")]
+        results = [evaluation.findings[k] for k in order]
+        bars += [(r.auroc, r.auroc_low, r.auroc_high, r.note) for r in results]
+        for row, (value, low, high, note) in enumerate(bars):
+            y = row + 0.39 - thickness * (m + 0.5)
+            if np.isnan(value):
+                axis.text(0.505, y, note, va="center", fontsize=7.5, color=INK, style="italic")
+                continue
+            shade = 1.0 if row == 0 else 0.72
+            axis.barh(y, value - 0.5, thickness * 0.86, left=0.5, color=colour, alpha=shade)
+            if not np.isnan(low):
+                axis.plot([low, high], [y, y], color=INK, lw=1.1, solid_capstyle="butt")
+            axis.text(1.01, y, f"{value:.3f}", va="center", fontsize=7.5, color=colour)
+    measured = int(evaluations[0].macro["num_findings"])
+    axis.set_yticks(range(len(names) + 1), [f"macro ({measured})", *(names[k] for k in order)])
+    axis.axvline(0.5, color=INK, lw=0.8)
+    lows = [r.auroc_low for e in evaluations for r in e.findings if not np.isnan(r.auroc_low)]
+    axis.set_xlim(min([0.4, *lows]) - 0.02, 1.0)
+    axis.set_ylim(-0.6, len(names) + 0.6)
+    _frame(axis, "")
+    axis.tick_params(axis="y", labelsize=8.5, length=0)
+    axis.set_xlabel(
+        "AUROC; bars start at chance, lines are 95 % intervals (patients resampled)",
+        fontsize=8.5,
+        color=INK,
+    )
+    if len(evaluations) > 1:
+        _legend(figure, [evaluation.model for evaluation in evaluations])
+    return figure
+
+
+def loss_curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Training curves.
+
+    Args:
+        curves: Name to (steps, values); several share one axis.
+    """
+    figure = Figure(figsize=(7.4, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for m, (name, (steps, values)) in enumerate(curves.items()):
+        colour = COLOURS[m % len(COLOURS)]
+        axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+        axis.plot(steps, _smooth(np.asarray(values, float)), color=colour, lw=1.6, label=name)
+    _frame(axis, "")
+    axis.set_xlabel("step", fontsize=8.5, color=INK)
+    axis.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
+def save(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write ``<stem>.png`` and ``<stem>.svg``."""
+    paths = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths
+
+
+def data_uri(picture: Figure | np.ndarray) -> str:
+    """A figure, or a grey ``(H, W)`` or RGB ``(H, W, 3)`` uint8 image, as an inline PNG."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=130)
+    else:
+        from PIL import Image
+
+        Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a thirtieth of the run; shorter at the ends."""
+    half = max(len(values) // 60, 1)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    smoothed: np.ndarray = (total[high] - total[low]) / np.maximum(high - low, 1)
+    return smoothed
+
+
+def _frame(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=8.5, color=INK)
+    axis.tick_params(labelsize=7.5, colors=INK, length=2.5)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in {"left", "bottom"})
+        spine.set_color(FAINT)
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> Any:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=COLOURS[m % len(COLOURS)], lw=2.5) for m in range(len(names))]
+    return figure.legend(
+        handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9
+    )

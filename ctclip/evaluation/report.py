@@ -1,0 +1,215 @@
+"""One self-contained HTML file: figures and tables inline, no network, no script."""
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ctclip import __version__
+from ctclip.evaluation import metrics, plots
+from ctclip.evaluation.scores import ScoreTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure, or a uint8 image ``(H, W)`` or ``(H, W, 3)``, with what it shows."""
+
+    image: Figure | np.ndarray
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """The picture as an inline PNG."""
+        return plots.data_uri(self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a report. Any command can add its own: a loss curve, similar cases ..."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    figures: Sequence[Picture] = ()
+    """Below each other, full width."""
+
+    frames: Sequence[pd.DataFrame] = ()
+    gallery: Sequence[Picture] = ()
+    """Small pictures side by side, such as the slices of similar cases."""
+
+    @property
+    def tables(self) -> list[str]:
+        """The frames as HTML."""
+        return [_table(frame) for frame in self.frames]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Title, facts and sections of a report."""
+
+    title: str
+    sections: list[Section]
+    subtitle: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, path: str | Path) -> Path:
+        """Render to one HTML file, atomically."""
+        from jinja2 import Environment
+
+        source = resources.files("ctclip.evaluation") / "templates" / "report.html.j2"
+        environment = Environment(autoescape=True)
+        sections = [
+            {
+                "title": s.title,
+                "paragraphs": s.paragraphs,
+                "warnings": s.warnings,
+                "figures": s.figures,
+                "gallery": s.gallery,
+                "tables": [_markup(table) for table in s.tables],
+            }
+            for s in self.sections
+        ]
+        text = environment.from_string(source.read_text(encoding="utf-8")).render(
+            title=self.title,
+            subtitle=self.subtitle,
+            facts=self.facts,
+            sections=sections,
+            version=__version__,
+        )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+
+def zero_shot_sections(table: ScoreTable, evaluation: metrics.Evaluation) -> list[Section]:
+    """ROC grid, AUC bars and the table of numbers of one model."""
+    macro = evaluation.macro
+    lead = (
+        f"Macro AUROC {macro['auroc']:.3f} "
+        f"(95 % interval {macro['auroc_low']:.3f} to {macro['auroc_high']:.3f}) over "
+        f"{int(macro['num_findings'])} of {len(evaluation.findings)} findings; "
+        f"{evaluation.cases} cases of {evaluation.patients} patients."
+    )
+    return [
+        Section(
+            title="AUROC per finding",
+            paragraphs=[lead],
+            figures=[
+                Picture(
+                    image=plots.auc_bars([evaluation]),
+                    caption="AUROC of each finding; the line is the 95 % interval.",
+                )
+            ],
+            frames=[results_frame(evaluation)],
+        ),
+        Section(
+            title="ROC curves",
+            figures=[
+                Picture(
+                    image=plots.roc_grid([table], [evaluation]),
+                    caption="One ROC curve per finding, AUROC with its 95 % interval.",
+                )
+            ],
+        ),
+    ]
+
+
+def results_frame(evaluation: metrics.Evaluation) -> pd.DataFrame:
+    """The numbers of one evaluation as a reader wants them: rounded, with intervals as text."""
+    rows = []
+    for r in evaluation.findings:
+        rows.append(
+            {
+                "finding": r.finding,
+                "positive": r.positives,
+                "negative": r.negatives,
+                "unknown": r.unknown,
+                "prevalence": f"{100 * r.prevalence:.1f} %" if r.prevalence == r.prevalence else "",
+                "AUROC": with_interval(r.auroc, r.auroc_low, r.auroc_high),
+                "average precision": with_interval(
+                    r.average_precision, r.average_precision_low, r.average_precision_high
+                ),
+                "sens. at 90 % spec.": with_interval(r.sensitivity_at_90_specificity),
+                "note": r.note,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def print_evaluation(evaluation: metrics.Evaluation) -> None:
+    """The AUC table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"AUROC of {evaluation.model}", title_justify="left")
+    table.add_column("finding", no_wrap=True)
+    for column in ("positive", "AUROC [95 % interval]", "AP"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("note", style="dim")
+    for r in evaluation.findings:
+        table.add_row(
+            r.finding,
+            f"{r.positives} of {r.positives + r.negatives}",
+            with_interval(r.auroc, r.auroc_low, r.auroc_high),
+            with_interval(r.average_precision),
+            r.note,
+        )
+    macro = evaluation.macro
+    table.add_section()
+    table.add_row(
+        f"macro over {int(macro['num_findings'])}",
+        f"{evaluation.patients} patients",
+        with_interval(macro["auroc"], macro["auroc_low"], macro["auroc_high"]),
+        with_interval(macro["average_precision"]),
+        style="bold",
+    )
+    Console().print(table)
+
+
+def print_scores(scores: Mapping[str, float]) -> None:
+    """The scores of one scan in the terminal, highest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Scores (research use only)", title_justify="left")
+    table.add_column("finding")
+    table.add_column("score", justify="right")
+    for finding, score in sorted(scores.items(), key=lambda item: -item[1]):
+        table.add_row(finding, f"{score:.3f}")
+    Console().print(table)
+
+
+def with_interval(value: float, low: float = float("nan"), high: float = float("nan")) -> str:
+    """``0.812 [0.780, 0.841]``, as far as the numbers are defined."""
+    if np.isnan(value):
+        return "–"
+    return f"{value:.3f}" if np.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """An HTML table; numbers to the right, text to the left, everything escaped."""
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
+    body = []
+    for row in frame.itertuples(index=False):
+        cells = []
+        for value in row:
+            is_text = isinstance(value, str) and not value[:1].isdigit()
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            cells.append(f"<td{' class=text' if is_text else ''}>{html.escape(text)}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _markup(text: str) -> str:
+    from markupsafe import Markup
+
+    return Markup(text)

@@ -1,0 +1,77 @@
+"""The ten-line API: a checkpoint becomes an object that scores and embeds scan files.
+
+>>> scanner = ctclip.load("model.safetensors")                      # doctest: +SKIP
+>>> scanner.score("scan.nii.gz")["Pleural effusion"]                # doctest: +SKIP
+0.93
+>>> scanner.embed("scan.nii.gz").shape                              # doctest: +SKIP
+(512,)
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ctclip.evaluation import prompts as prompt_sets
+from ctclip.evaluation import zero_shot
+
+if TYPE_CHECKING:
+    from ctclip.checkpoint import Checkpoint
+
+
+class Scanner:
+    """A loaded model with its preprocessing and encoded prompts.
+
+    Args:
+        checkpoint: The model.
+        prompts: Prompt set by name or YAML path.
+        device: For example ``"cuda:0"``.
+    """
+
+    def __init__(
+        self, checkpoint: "Checkpoint", prompts: str | Path = "default", device: str = "cpu"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.prompts = prompt_sets.load(prompts)
+        self._vectors = prompt_sets.encode_prompts(checkpoint, self.prompts)
+        self._scale = float(checkpoint.model.logit_scale.detach().exp().clamp(max=100).item())
+
+    def embed(self, path: str | Path) -> np.ndarray:
+        """Embed a scan (NIfTI file or DICOM folder): ``(E,)`` float32, L2-normalised.
+
+        Raises:
+            VolumeError: If the file is no usable chest CT; the message says why.
+        """
+        from ctclip.embeddings import embed_file
+
+        return embed_file(self.checkpoint, path, device=self.device)[0]
+
+    def score(self, path: str | Path) -> dict[str, float]:
+        """Probability of each finding on a scan, in the order of ``ctclip.findings.FINDINGS``.
+
+        The probabilities rank scans; they are calibrated only after fitting on data of your
+        own (see ``ctclip.evaluation.calibration``).
+        """
+        return self.score_vectors(self.embed(path)[None])[0]
+
+    def score_vectors(self, vectors: np.ndarray) -> list[dict[str, float]]:
+        """Score embeddings ``(N, E)`` made by :meth:`embed`."""
+        values = zero_shot.scores(vectors, self._vectors, self._scale)
+        return [dict(zip(self.prompts.pairs, row.tolist(), strict=True)) for row in values]
+
+
+def load(path: str | Path, prompts: str | Path = "default", device: str = "cpu") -> Scanner:
+    """Load a checkpoint for use.
+
+    Args:
+        path: ``.safetensors`` file written by training or by the converter.
+        prompts: Name of a shipped prompt set, or path of a YAML file.
+        device: For example ``"cuda:0"``.
+
+    Returns:
+        A :class:`Scanner`.
+    """
+    from ctclip import checkpoint as checkpoints
+
+    return Scanner(checkpoints.load(path, device=device), prompts, device)

@@ -1,0 +1,338 @@
+"""Zero-shot scores: every volume encoded once, every prompt once, one matrix product.
+
+``python eval/zero_shot.py --ckpt model.safetensors --cohort prepared/ab12cd`` scores a prepared
+cohort; ``--volume scan.nii.gz`` scores one file and needs nothing else, because the checkpoint
+carries its model and its preprocessing.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from ctclip.evaluation import metrics, plots, prompts, report
+from ctclip.evaluation.scores import ScoreTable
+from ctclip.findings import FINDINGS
+
+if TYPE_CHECKING:
+    from ctclip.checkpoint import Checkpoint
+    from ctclip.data.cache import PreparedCohort
+    from ctclip.data.manifest import VolumeRecord
+    from ctclip.embeddings import EmbeddingTable
+    from ctclip.models.ctclip import CTCLIP
+
+logger = logging.getLogger(__name__)
+
+ScoreKind = Literal["softmax", "cosine-difference"]
+
+SUBGROUP_FIELDS = ("sex", "age", "hospital", "manufacturer", "kernel", "slice_thickness_mm")
+"""Metadata that travels into the score table, for subgroup analysis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig:
+    """How volumes are scored. Written into the header of the score table."""
+
+    prompts: str = "default"
+    """Name of a prompt set that ships with ctclip, or path of a YAML file."""
+
+    score: ScoreKind = "softmax"
+    """Probability of "present" against "absent", or the difference of the two cosines."""
+
+    replicates: int = 1000
+    """Bootstrap replicates behind each interval."""
+
+    seed: int = 0
+    batch_size: int = 4
+    workers: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.replicates < 0 or self.batch_size < 1:
+            raise ValueError("replicates must be >= 0 and batch_size >= 1")
+
+
+def scores(
+    vectors: np.ndarray,
+    prompt_vectors: np.ndarray,
+    logit_scale: float,
+    kind: ScoreKind = "softmax",
+) -> np.ndarray:
+    """Score volumes against prompt pairs.
+
+    The softmax over a pair depends only on the difference of its two logits, so both kinds
+    rank alike (and have the same AUROC) within a finding; only the softmax is a probability.
+
+    Args:
+        vectors: ``(N, E)`` volumes, L2-normalised.
+        prompt_vectors: ``(K, 2, E)``, index 0 = present, 1 = absent.
+        logit_scale: ``1 / temperature``, already exponentiated.
+        kind: What to return.
+
+    Returns:
+        ``(N, K)`` float64.
+    """
+    directions = (prompt_vectors[:, 0] - prompt_vectors[:, 1]).astype(np.float64)
+    difference: np.ndarray = vectors.astype(np.float64) @ directions.T
+    if kind == "cosine-difference":
+        return difference
+    from scipy.special import expit
+
+    probability: np.ndarray = expit(logit_scale * difference)
+    return probability
+
+
+def score_embeddings(
+    checkpoint: "Checkpoint",
+    table: "EmbeddingTable",
+    config: ZeroShotConfig | None = None,
+    model_name: str = "ctclip",
+) -> ScoreTable:
+    """Score an embedding table that the same checkpoint made.
+
+    Raises:
+        EmbeddingError: If another checkpoint made the embeddings.
+    """
+    config = config or ZeroShotConfig()
+    table.require_same_space(
+        {
+            "checkpoint": checkpoint.sha256,
+            "fingerprint": checkpoint.volume_config.fingerprint(),
+            "model": model_name,
+        }
+    )
+    prompt_set = prompts.load(config.prompts)
+    prompt_vectors = prompts.encode_prompts(checkpoint, prompt_set)
+    scale = float(checkpoint.model.logit_scale.detach().float().exp().clamp(max=100).item())
+    return ScoreTable(
+        volume_id=np.asarray(table.volume_id, dtype=str),
+        study_id=np.asarray(table.study_id, dtype=str),
+        patient_id=np.asarray(table.patient_id, dtype=str),
+        split=np.asarray(table.split, dtype=str),
+        findings=FINDINGS,
+        labels=table.labels.astype(np.float64),
+        scores=scores(table.vectors, prompt_vectors, scale, config.score),
+        header=header(checkpoint, prompt_set, config, model_name)
+        | {"prompt_direction_spread": round(prompts.direction_spread(prompt_vectors), 4)},
+        meta={name: np.asarray(column, dtype=str) for name, column in table.fields.items()},
+    )
+
+
+def header(
+    checkpoint: "Checkpoint", prompt_set: prompts.PromptSet, config: ZeroShotConfig, name: str
+) -> dict[str, Any]:
+    """What a score table says about where its scores come from."""
+    return {
+        "model": name,
+        "checkpoint": checkpoint.sha256,
+        "fingerprint": checkpoint.volume_config.fingerprint(),
+        "label_informed": bool(checkpoint.provenance.get("label_informed", False)),
+        "step": checkpoint.provenance.get("step"),
+        "prompts": prompt_set.label,
+        "score": config.score,
+    }
+
+
+def score_volume(
+    checkpoint: "Checkpoint", path: str | Path, config: ZeroShotConfig | None = None
+) -> dict[str, float]:
+    """Score one scan file: finding to probability, in the order of ``FINDINGS``."""
+    from ctclip.embeddings import embed_file
+
+    config = config or ZeroShotConfig()
+    vector, _ = embed_file(checkpoint, path, device=config.device)
+    prompt_vectors = prompts.encode_prompts(checkpoint, prompts.load(config.prompts))
+    scale = float(checkpoint.model.logit_scale.detach().float().exp().clamp(max=100).item())
+    row = scores(vector[None], prompt_vectors, scale, config.score)[0]
+    return dict(zip(FINDINGS, row.tolist(), strict=True))
+
+
+def run(
+    ckpt: str | Path,
+    out: str | Path,
+    config: ZeroShotConfig | None = None,
+    *,
+    cohort: str | Path | None = None,
+    split: str | None = None,
+    volume: str | Path | None = None,
+    manifest: str | Path | None = None,
+) -> metrics.Evaluation | dict[str, float]:
+    """The command: score a prepared cohort, or one scan.
+
+    Writes ``scores.parquet``, ``auc.csv``, ``auc.json``, ``report.html`` and the figures as PNG
+    and SVG into ``out``, and prints the table. The embeddings are kept beside them, so that
+    scoring again with other prompts costs nothing.
+
+    Args:
+        ckpt: Checkpoint.
+        out: Folder of the results.
+        config: How to score.
+        cohort: Folder that ``ctclip-prepare`` wrote.
+        split: Which split; ``None`` takes "test" where there is one, else "valid".
+        volume: One scan instead of a cohort.
+        manifest: Labels to use instead of the cohort's own, such as another reader's or an
+            audit's corrected table; volumes that it doesn't list are left out.
+
+    Raises:
+        ValueError: If neither or both of ``cohort`` and ``volume`` are given.
+    """
+    from ctclip import checkpoint as checkpoints
+
+    config = config or ZeroShotConfig()
+    if (cohort is None) == (volume is None):
+        raise ValueError("give either --cohort <prepared folder> or --volume <scan>")
+    checkpoint = checkpoints.load(ckpt, device=config.device)
+    name = Path(ckpt).stem
+    folder = Path(out)
+    if volume is not None:
+        found = score_volume(checkpoint, volume, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        payload = {"volume": str(volume), "model": name, "checkpoint": checkpoint.sha256}
+        payload |= {"prompts": prompts.load(config.prompts).label, "scores": found}
+        (folder / "scores.json").write_text(json.dumps(payload, indent=1), encoding="utf-8")
+        report.print_scores(found)
+        return found
+
+    from ctclip.data.cache import PreparedCohort
+    from ctclip.embeddings import embed_volumes
+
+    assert cohort is not None
+    prepared = PreparedCohort.open(Path(cohort))
+    chosen = split or next((s for s in ("test", "valid") if _has_split(prepared, s)), "test")
+    records = prepared.split(chosen)
+    if not records:
+        raise ValueError(
+            f"{cohort}: no volume of split {chosen!r}; "
+            f"it has {sorted({record.split for record in prepared.records})}"
+        )
+    embeddings = embed_volumes(
+        checkpoint,
+        prepared,
+        records,
+        out=folder / f"embeddings-{chosen}-{checkpoint.sha256[:12]}.parquet",
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=config.device,
+        fields=SUBGROUP_FIELDS,
+    )
+    table = score_embeddings(checkpoint, embeddings, config, name)
+    if manifest is not None:
+        table = with_labels_of(table, manifest)
+    return write_results(table, folder, config)
+
+
+def write_results(table: ScoreTable, folder: Path, config: ZeroShotConfig) -> metrics.Evaluation:
+    """Evaluate a score table and write every result file of the zero-shot command."""
+    evaluation = metrics.evaluate(table, replicates=config.replicates, seed=config.seed)
+    table.save(folder / "scores.parquet")
+    evaluation.frame().to_csv(folder / "auc.csv", index=False)
+    (folder / "auc.json").write_text(json.dumps(evaluation.to_json(), indent=1), encoding="utf-8")
+    plots.save(plots.roc_grid([table], [evaluation]), folder / "roc")
+    plots.save(plots.auc_bars([evaluation]), folder / "auc")
+    page = report.Report(
+        title=f"Zero-shot scores of {evaluation.model}",
+        facts={key: str(value) for key, value in table.header.items()},
+        sections=report.zero_shot_sections(table, evaluation),
+    )
+    page.write(folder / "report.html")
+    report.print_evaluation(evaluation)
+    logger.info("report: %s", folder / "report.html")
+    return evaluation
+
+
+def with_labels_of(table: ScoreTable, manifest: str | Path) -> ScoreTable:
+    """The same scores beside the labels of a manifest, matched by volume.
+
+    Raises:
+        ValueError: If the two have no volume in common.
+    """
+    from dataclasses import replace
+
+    from ctclip.data.manifest import read_manifest
+
+    records, _ = read_manifest(Path(manifest))
+    labels = {record.volume_id: record.labels for record in records}
+    rows = np.array([v in labels for v in table.volume_id.tolist()])
+    if not rows.any():
+        raise ValueError(f"{manifest} lists none of the {len(table)} scored volumes")
+    if not rows.all():
+        logger.warning("%s lacks %d of %d volumes: left out", manifest, (~rows).sum(), len(rows))
+    kept = table.rows(rows)
+    matrix = [
+        [labels[v].get(finding, np.nan) for finding in kept.findings]
+        for v in kept.volume_id.tolist()
+    ]
+    return replace(kept, labels=np.asarray(matrix), header=kept.header | {"labels": str(manifest)})
+
+
+def evaluator(
+    cohort: "PreparedCohort",
+    split: str,
+    config: ZeroShotConfig | None = None,
+    limit: int | None = None,
+) -> Callable[["CTCLIP", Any], dict[str, float]]:
+    """Zero-shot AUROC during training, as the training loop's ``evaluators`` expect it.
+
+    Args:
+        cohort: Prepared volumes.
+        split: Which of them.
+        config: Prompts and batch size.
+        limit: At most so many volumes, evenly spread over the split.
+
+    Returns:
+        A function of (model, tokenizer) to values named ``zero_shot/macro``, ``zero_shot/Emphysema``.
+        Findings that can't be measured are absent.
+    """
+    config = config or ZeroShotConfig()
+    records = cohort.split(split)
+    if limit is not None and len(records) > limit:
+        records = [records[i] for i in np.linspace(0, len(records) - 1, limit).astype(int)]
+    prompt_set = prompts.load(config.prompts)
+    labels = np.array([[record.labels.get(f, np.nan) for f in FINDINGS] for record in records])
+
+    def evaluate(model: "CTCLIP", tokenizer: Any) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        try:
+            vectors = _encode(model, cohort, records, config.batch_size)
+            prompt_vectors = prompts.encode(model, tokenizer, prompt_set, FINDINGS)
+        finally:
+            model.train(was_training)
+        values = scores(vectors, prompt_vectors, 1.0, "cosine-difference")
+        areas = {f: metrics.auroc(labels[:, k], values[:, k]) for k, f in enumerate(FINDINGS)}
+        measured = {f"zero_shot/{f}": area for f, area in areas.items() if not np.isnan(area)}
+        if not measured:
+            return {}
+        spread = prompts.direction_spread(prompt_vectors)
+        return {
+            "zero_shot/macro": float(np.mean(list(measured.values()))),
+            "zero_shot/prompt_direction_spread": spread,
+            **measured,
+        }
+
+    return evaluate
+
+
+def _encode(
+    model: "CTCLIP", cohort: "PreparedCohort", records: "Sequence[VolumeRecord]", batch_size: int
+) -> np.ndarray:
+    from ctclip.data.volume import window
+
+    device = next(model.parameters()).device
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(records), batch_size):
+            arrays = [cohort.read(r.volume_id) for r in records[start : start + batch_size]]
+            hu = torch.from_numpy(np.stack(arrays)).to(device).float()
+            image = window(hu, cohort.volume_config.windows_hu)
+            parts.append(model.encode_image(image, normalize=True).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _has_split(cohort: "PreparedCohort", split: str) -> bool:
+    return any(record.split == split for record in cohort.records)

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from ctclip.evaluation import bootstrap, metrics
+from ctclip.evaluation.scores import ScoreTable
+
+
+def random_table(n=200, k=3, seed=0, patients=120, ties=False) -> ScoreTable:
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, k)) < 0.3).astype(float)
+    scores = rng.normal(size=(n, k)) + labels
+    if ties:
+        scores = np.round(scores)
+    owner = np.sort(rng.integers(patients, size=n))
+    return ScoreTable(
+        volume_id=np.array([f"v{i}" for i in range(n)]),
+        study_id=np.array([f"s{i}" for i in range(n)]),
+        patient_id=np.array([f"p{i}" for i in owner]),
+        split=np.full(n, "test"),
+        findings=tuple(f"f{i}" for i in range(k)),
+        labels=labels,
+        scores=scores,
+        header={"model": "toy"},
+    )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranking_metrics_agree_with_scikit_learn(seed, ties):
+    table = random_table(seed=seed, ties=ties)
+    for k in range(3):
+        labels, scores = table.labels[:, k], table.scores[:, k]
+        assert metrics.auroc(labels, scores) == pytest.approx(
+            roc_auc_score(labels, scores), abs=1e-12
+        )
+        assert metrics.average_precision(labels, scores) == pytest.approx(
+            average_precision_score(labels, scores), abs=1e-12
+        )
+        fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+        assert metrics.sensitivity_at_specificity(labels, scores, 0.9) == pytest.approx(
+            tpr[fpr <= 0.1 + 1e-12].max()
+        )
+
+
+def test_a_constant_score_has_auroc_one_half():
+    assert metrics.auroc(np.array([0.0, 1, 1, 0]), np.zeros(4)) == 0.5
+
+
+def test_unknown_labels_and_missing_scores_are_left_out():
+    labels = np.array([1.0, 0.0, np.nan, 1.0, 0.0])
+    scores = np.array([0.9, 0.1, -9.0, np.nan, 0.2])
+    assert metrics.auroc(labels, scores) == 1.0
+
+
+def test_a_finding_without_positives_says_so_and_does_not_enter_the_macro():
+    table = random_table()
+    table.labels[:, 1] = 0.0
+    result = metrics.evaluate(table, replicates=250)
+    assert np.isnan(result.findings[1].auroc)
+    assert result.findings[1].note == "no positives: not measured"
+    assert result.macro["num_findings"] == 2
+    others = [result.findings[0].auroc, result.findings[2].auroc]
+    assert result.macro["auroc"] == pytest.approx(np.mean(others))
+    assert result.to_json()["findings"][1]["auroc"] is None
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_each_replicate_is_the_auroc_of_the_resampled_patients(ties):
+    table = random_table(ties=ties)
+    draws = bootstrap.draw(table.patient_id, 20, seed=3)
+    fast = bootstrap.replicate(draws, table.labels, table.scores)
+    precision = bootstrap.replicate(
+        draws, table.labels, table.scores, statistic=metrics.weighted_average_precision
+    )
+    for r in range(20):
+        times = draws.counts[0][draws.patient, r].astype(int)
+        rows = np.repeat(np.arange(len(table)), times)
+        for k in range(3):
+            label, score = table.labels[rows, k], table.scores[rows, k]
+            assert fast[r, k] == pytest.approx(roc_auc_score(label, score), abs=1e-5)
+            assert precision[r, k] == pytest.approx(average_precision_score(label, score), abs=1e-5)
+
+
+def test_volumes_of_one_patient_are_drawn_together():
+    patient = np.array(["a", "b", "a", "c"])
+    draws = bootstrap.draw(patient, 300, seed=0)
+    weights = draws.weights(0, np.arange(4))
+    assert (weights[0] == weights[2]).all()
+    assert (draws.counts.sum(axis=1) == 3).all()
+
+
+def test_an_interval_contains_the_estimate_and_widens_with_fewer_patients():
+    wide = metrics.evaluate(random_table(n=80, patients=60), replicates=500).findings[0]
+    narrow = metrics.evaluate(random_table(n=800, patients=600), replicates=500).findings[0]
+    assert wide.auroc_low < wide.auroc < wide.auroc_high
+    assert narrow.auroc_high - narrow.auroc_low < 0.5 * (wide.auroc_high - wide.auroc_low)
+
+
+def test_intervals_are_reproducible():
+    first = metrics.evaluate(random_table(), replicates=300, seed=5).to_json()
+    assert first == metrics.evaluate(random_table(), replicates=300, seed=5).to_json()

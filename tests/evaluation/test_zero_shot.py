@@ -1,0 +1,99 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from ctclip.evaluation import metrics, zero_shot
+
+
+def unit(rng, *shape):
+    vectors = rng.normal(size=shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_scores_are_the_softmax_over_each_pair():
+    rng = np.random.default_rng(0)
+    vectors, pairs = unit(rng, 5, 16), unit(rng, 3, 2, 16)
+    scale = 14.0
+    found = zero_shot.scores(vectors, pairs, scale)
+    for n in range(5):
+        for k in range(3):
+            logits = scale * pairs[k] @ vectors[n]
+            assert found[n, k] == pytest.approx(softmax(logits.astype(np.float64))[0], abs=1e-6)
+
+
+def test_both_kinds_of_score_rank_alike():
+    rng = np.random.default_rng(1)
+    vectors, pairs = unit(rng, 80, 16), unit(rng, 1, 2, 16)
+    labels = (rng.random(80) < 0.5).astype(float)
+    probability = zero_shot.scores(vectors, pairs, 10.0)[:, 0]
+    difference = zero_shot.scores(vectors, pairs, 10.0, "cosine-difference")[:, 0]
+    assert metrics.auroc(labels, probability) == metrics.auroc(labels, difference)
+
+
+def test_a_volume_equal_to_the_present_prompt_scores_above_one_half():
+    pairs = unit(np.random.default_rng(2), 4, 2, 16)
+    scores = zero_shot.scores(pairs[:, 0], pairs, 20.0)
+    assert (np.diag(scores) > 0.5).all()
+
+
+def test_the_command_wants_one_input():
+    with pytest.raises(ValueError, match="either --cohort"):
+        zero_shot.run("model.safetensors", "out")
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="batch_size"):
+        zero_shot.ZeroShotConfig(batch_size=0)
+
+
+def test_the_training_evaluator_reports_what_it_can_measure():
+    import torch
+
+    from ctclip.findings import FINDINGS
+
+    rng = np.random.default_rng(0)
+    labels = rng.random((12, 18)) < 0.5
+    labels[:, 4] = False
+    records = [
+        SimpleNamespace(volume_id=f"v{i}", labels=dict(zip(FINDINGS, map(float, row), strict=True)))
+        for i, row in enumerate(labels)
+    ]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def encode_image(self, image, normalize):
+            assert not self.training
+            return torch.nn.functional.normalize(image.flatten(1)[:, :18], dim=-1)
+
+        def encode_text(self, tokens, normalize):
+            return torch.nn.functional.normalize(tokens.float(), dim=-1)
+
+    def tokenizer(texts):
+        rows = []
+        for text in texts:
+            hit = [float(f.lower() in text.lower()) for f in FINDINGS]
+            absent = any(word in text.lower() for word in (" not ", "no ", "absent"))
+            rows.append([-h if absent else h for h in hit])
+        return torch.tensor(rows)
+
+    cohort = SimpleNamespace(
+        split=lambda name: records,
+        read=lambda volume: (
+            np.int16(1000)
+            * (2 * labels[int(volume[1:])].astype(np.int16) - 1)[None, None].reshape(1, 3, 6)
+        ),
+        volume_config=SimpleNamespace(windows_hu=((-1000.0, 1000.0),)),
+    )
+    model = Model().train()
+    values = zero_shot.evaluator(cohort, "valid")(model, tokenizer)
+    assert values["zero_shot/Emphysema"] == 1.0
+    assert "zero_shot/Coronary artery wall calcification" not in values
+    assert values["zero_shot/macro"] == pytest.approx(
+        np.mean([values[f"zero_shot/{f}"] for f in FINDINGS if f"zero_shot/{f}" in values])
+    )
+    assert model.training
