@@ -5,16 +5,20 @@ It holds identifiers, vectors and labels; anything else about a patient only if 
 """
 
 from ctclip.embeddings.encode import embed_file, embed_texts
-from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes
+from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes, space_of
+from ctclip.embeddings.health import Health, health
 from ctclip.embeddings.table import EmbeddingError, EmbeddingTable, concatenate
 
 __all__ = [
     "DEFAULT_FIELDS",
     "EmbeddingError",
     "EmbeddingTable",
+    "Health",
     "concatenate",
     "embed_file",
     "embed_reports",
     "embed_texts",
     "embed_volumes",
+    "health",
+    "space_of",
 ]

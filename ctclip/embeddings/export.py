@@ -66,7 +66,7 @@ def embed_volumes(
 
     Raises:
         EmbeddingError: If the cohort was prepared differently from what the model was trained
-            on, ``out`` is of another model, or a field is unknown.
+            on, or ``out`` is of another model or carries other fields.
     """
     import torch
 
@@ -78,7 +78,7 @@ def embed_volumes(
             f"the cohort is prepared as {cohort.fingerprint}; prepare it again with the "
             "checkpoint's settings: ctclip-prepare --like <checkpoint>"
         )
-    provenance = _provenance(checkpoint)
+    provenance = space_of(checkpoint)
     shards = _Shards(out, "volume", provenance, fields) if out is not None else None
     done = shards.read() if shards else []
     known = {volume for table in done for volume in table.volume_id}
@@ -166,7 +166,7 @@ def embed_reports(
             f"none of the {len(records)} records has a report (sections={sections})"
         )
     vectors = embed_texts(checkpoint, list(texts.values()), batch_size=batch_size, device=device)
-    provenance = {**_provenance(checkpoint), "sections": sections}
+    provenance = {**space_of(checkpoint), "sections": sections}
     return _rows(list(studies.values()), vectors, None, "report", provenance, fields)
 
 
@@ -185,7 +185,8 @@ class _Volumes:
         return torch.from_numpy(np.asarray(self.cohort.read(self.volume_ids[index])))
 
 
-def _provenance(checkpoint: "Checkpoint") -> dict[str, str]:
+def space_of(checkpoint: "Checkpoint") -> dict[str, str]:
+    """The provenance of what a checkpoint embeds: equal means comparable."""
     step = checkpoint.provenance.get("step", "?")
     return {
         "checkpoint": checkpoint.sha256,

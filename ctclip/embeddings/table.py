@@ -182,7 +182,7 @@ class EmbeddingTable:
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")  # a killed writer leaves one at most
         try:
             with temporary.open("wb") as file:
                 pq.write_table(table, file, compression="zstd")

@@ -4,7 +4,7 @@ Nobody finds themselves: a query's own patient is never returned. One study is o
 often it was reconstructed, and no patient fills the list.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,6 +64,10 @@ class Archive(Protocol):
         """The archive's rows of a volume or a study."""
         ...
 
+    def require_same_space(self, provenance: Mapping[str, str]) -> None:
+        """Check that vectors of this provenance may be compared with the archive's."""
+        ...
+
 
 class MemoryArchive:
     """Exact search by one matrix product; the whole archive is held in memory."""
@@ -92,7 +96,7 @@ class MemoryArchive:
         keep = (where or Filter()).mask(self.table)
         similarity = similarities(self.table.vectors_for_reports, query.vector)
         order = self._order[np.argsort(-similarity[self._order], kind="stable")]
-        candidates = (self._hit(row, float(similarity[row])) for row in order if keep[row])
+        candidates = (self._hit(row, float(similarity[row]), query) for row in order if keep[row])
         return collapse(candidates, query, k, per_patient)
 
     def rows(self, *, volume_id: str | None = None, study_id: str | None = None) -> EmbeddingTable:
@@ -109,7 +113,15 @@ class MemoryArchive:
             raise EmbeddingError(f"the archive has no case {wanted!r} among its {len(self.table)}")
         return self.table.select(found)
 
-    def _hit(self, row: int, similarity: float) -> Hit:
+    def require_same_space(self, provenance: Mapping[str, str]) -> None:
+        """Check that vectors of this provenance may be compared with the archive's.
+
+        Raises:
+            EmbeddingError: If they are of another model or preprocessing.
+        """
+        self.table.require_same_space(provenance)
+
+    def _hit(self, row: int, similarity: float, query: Query) -> Hit:
         table = self.table
         return Hit(
             volume_id=table.volume_id[row],
@@ -118,6 +130,7 @@ class MemoryArchive:
             similarity=similarity,
             labels=table.labels[row],
             fields={name: column[row] for name, column in table.fields.items()},
+            is_ordinary=query.ordinary is not None and similarity <= query.ordinary,
         )
 
 

@@ -1,0 +1,112 @@
+"""The body of ``ctclip-embed``: a checkpoint and a prepared cohort → tables on disk."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ctclip import distributed
+from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes
+from ctclip.embeddings.health import health
+from ctclip.embeddings.table import EmbeddingError, EmbeddingTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """What to embed, and what may travel with it."""
+
+    checkpoint: Path
+    """Model file; it carries its preprocessing."""
+
+    cohort: Path
+    """Folder that ctclip-prepare wrote."""
+
+    out: Path
+    """Folder for ``volumes.parquet`` and ``reports.parquet``."""
+
+    kind: Literal["volumes", "reports", "both"] = "both"
+    split: str | None = None
+    """Only this split; all by default."""
+
+    fields: tuple[str, ...] = DEFAULT_FIELDS
+    """Columns to carry along; report text, names and dates only when listed here."""
+
+    sections: Literal["both", "findings", "impression"] = "both"
+    """Which part of a report is embedded."""
+
+    batch_size: int = 4
+    workers: int = 0
+    device: str = "auto"
+    """``auto`` uses this process's GPU where there is one."""
+
+
+def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
+    """Embed, write, and say how healthy the embeddings are.
+
+    Started by ``torchrun`` or ``deepspeed``, the processes share the volumes. Called again, only
+    what is missing is computed.
+
+    Returns:
+        The tables by kind: ``volume`` and/or ``report``.
+
+    Raises:
+        EmbeddingError: If the cohort has no such split, or was prepared for another model.
+    """
+    from rich.console import Console
+
+    from ctclip import checkpoint as checkpoints
+    from ctclip.data.cache import PreparedCohort
+
+    _join_processes()
+    device = _device(config.device)
+    checkpoint = checkpoints.load(config.checkpoint, device=device)
+    cohort = PreparedCohort.open(config.cohort)
+    records = cohort.records if config.split is None else cohort.split(config.split)
+    if not records:
+        raise EmbeddingError(f"{config.cohort} has no volume of split {config.split!r}")
+
+    tables: dict[str, EmbeddingTable] = {}
+    if config.kind in ("volumes", "both"):
+        tables["volume"] = embed_volumes(
+            checkpoint,
+            cohort,
+            records,
+            out=config.out / "volumes.parquet",
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            fields=config.fields,
+        )
+    has_reports = any(record.findings or record.impression for record in records)
+    if distributed.is_main() and (
+        config.kind == "reports" or (config.kind == "both" and has_reports)
+    ):
+        tables["report"] = embed_reports(
+            checkpoint, records, sections=config.sections, device=device, fields=config.fields
+        )
+        tables["report"].save(config.out / "reports.parquet")
+    distributed.barrier()
+    if distributed.is_main():
+        console = Console()
+        for kind, table in tables.items():
+            console.print(f"{kind}s → {config.out / f'{kind}s.parquet'}: {health(table)}")
+    return tables
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+def _join_processes() -> None:
+    """Join the other processes of a launcher; nothing to do in a plain run."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")

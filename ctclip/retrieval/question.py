@@ -1,0 +1,91 @@
+"""What is asked, and what an answer means: mixed queries, random pairs, shared findings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ctclip.embeddings import EmbeddingTable
+from ctclip.embeddings.health import random_pair_cosines
+from ctclip.findings import FINDINGS
+from ctclip.retrieval.search import Query, weighted
+
+ORDINARY_QUANTILE = 0.95
+"""A similarity that this share of random pairs stays below is no better than a random pair."""
+
+LESS_WEIGHT = 0.5
+"""How strongly "less like those" counts beside "more like these" (Rocchio's usual ratio)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Background:
+    """What similarity means in one archive: the cosines of pairs of different patients."""
+
+    volume_spread: float = 1.0
+    volume_ordinary: float | None = None
+    text_spread: float = 1.0
+    text_ordinary: float | None = None
+
+    @classmethod
+    def of(cls, volumes: EmbeddingTable, reports: EmbeddingTable | None = None) -> "Background":
+        """Measure it on random pairs of different patients."""
+        found: dict[str, float] = {}
+        for name, other in (("volume", volumes), ("text", reports)):
+            if other is None:
+                continue
+            volumes.require_same_space(other)
+            cosines = random_pair_cosines(
+                other.vectors_for_reports,
+                volumes.vectors_for_reports,
+                other.patient_id,
+                volumes.patient_id,
+            )
+            if cosines.size > 1:
+                found[f"{name}_spread"] = max(float(cosines.std()), 1e-6)
+                found[f"{name}_ordinary"] = float(np.quantile(cosines, ORDINARY_QUANTILE))
+        return cls(**found)
+
+
+def compose(
+    like: Sequence[Query],
+    unlike: Sequence[Query],
+    text: Query | None,
+    background: Background,
+    text_weight: float = 0.5,
+) -> Query:
+    """One query from scans, studies and a text.
+
+    Args:
+        like: Scans or studies to be like; their mean counts.
+        unlike: Studies to be unlike.
+        text: A text to agree with.
+        background: Of the archive, so that the weights mean what they say.
+        text_weight: The text's weight when there is something else too.
+
+    Raises:
+        ValueError: If nothing is asked.
+    """
+    cases = [(1.0 / len(like), replace(q, ordinary=background.volume_ordinary)) for q in like]
+    cases += [(-LESS_WEIGHT / len(unlike), query) for query in unlike]
+    if text is None:
+        return weighted(cases)
+    text = replace(text, ordinary=background.text_ordinary)
+    if not cases:
+        return text
+    parts = [((1 - text_weight) * weight, query) for weight, query in cases] + [(text_weight, text)]
+    return weighted(parts, [background.volume_spread] * len(cases) + [background.text_spread])
+
+
+def compare_findings(asked: np.ndarray | None, found: np.ndarray) -> tuple[list[str], list[str]]:
+    """Which of a hit's findings the query has too, and which it hasn't or isn't known to have.
+
+    Args:
+        asked: ``(18,)`` labels of the query, None when nothing is known of it.
+        found: ``(18,)`` labels of the hit.
+    """
+    present = [index for index in range(len(FINDINGS)) if found[index] == 1]
+    shared = [index for index in present if asked is not None and asked[index] == 1]
+    return (
+        [FINDINGS[index] for index in shared],
+        [FINDINGS[index] for index in present if index not in shared],
+    )
