@@ -181,11 +181,11 @@ def run(
     Raises:
         ValueError: If neither or both of ``cohort`` and ``volume`` are given.
     """
+    if (cohort is None) == (volume is None):
+        raise ValueError("give either --cohort <prepared folder> or --volume <scan>")
     from ctclip import checkpoint as checkpoints
 
     config = config or ZeroShotConfig()
-    if (cohort is None) == (volume is None):
-        raise ValueError("give either --cohort <prepared folder> or --volume <scan>")
     checkpoint = checkpoints.load(ckpt, device=config.device)
     name = Path(ckpt).stem
     folder = Path(out)
@@ -285,7 +285,7 @@ def evaluator(
         limit: At most so many volumes, evenly spread over the split.
 
     Returns:
-        A function of (model, tokenizer) to values named ``zero_shot/macro``, ``zero_shot/Emphysema``.
+        A function of (model, tokenizer) to values such as ``zero_shot/macro``.
         Findings that can't be measured are absent.
     """
     config = config or ZeroShotConfig()

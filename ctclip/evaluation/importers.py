@@ -1,0 +1,186 @@
+"""Other people's score files become score tables.
+
+* ctclip's own tables (``.parquet``, long ``.csv``);
+* CT-CLIP's ``predicted_weights.npz`` with ``labels_weights.npz`` and ``accessions.txt``;
+* wide CSVs: one row per volume, one column per finding, labels in a second file of that shape.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ctclip.evaluation.protocols import Protocol, any_positive
+from ctclip.evaluation.scores import COLUMNS, ScoreTable, ScoreTableError
+from ctclip.findings import FINDINGS
+
+logger = logging.getLogger(__name__)
+
+CT_RATE_NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_\d+)_(?P<scan>[a-z]+)_\d+")
+"""split_patient_scan_reconstruction, for example ``valid_53_a_1``."""
+
+ID_COLUMNS = ("volume_id", "VolumeName", "volume", "accession", "recon", "NoteAcc_DEID", "id")
+
+
+def load(
+    path: str | Path, labels: str | Path | None = None, protocol: Protocol | None = None
+) -> ScoreTable:
+    """Read a score file of any supported kind.
+
+    Args:
+        path: ``.parquet``, ``.csv``, CT-CLIP's ``predicted_weights.npz`` or its folder.
+        labels: Wide CSV of labels, for a wide CSV of scores.
+        protocol: Whose label columns to read; without one, the findings' own names.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ScoreTableError: If the file is none of these.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".npz":
+        return ct_clip(path if path.is_dir() else path.parent)
+    if path.suffix == ".csv" and path.is_file():
+        head = pd.read_csv(path, nrows=0, comment="#", encoding="utf-8-sig").columns
+        if not set(COLUMNS) <= set(head):
+            if labels is None:
+                raise ScoreTableError(
+                    f"{path} is no long score table ({', '.join(COLUMNS)}); for a wide one "
+                    "(a column per finding) give its labels too: --labels labels.csv"
+                )
+            return wide(path, labels, protocol)
+    return ScoreTable.load(path)
+
+
+def ct_clip(folder: str | Path) -> ScoreTable:
+    """CT-CLIP's inference output: three files with the rows in the same order.
+
+    ``accessions.txt`` names the volumes. Without it the patients are unknown; every row then
+    counts as a patient of its own, which makes intervals too narrow, and a warning says so.
+
+    Raises:
+        FileNotFoundError: If the scores or labels are missing.
+        ScoreTableError: If the files disagree.
+    """
+    folder = Path(folder)
+    arrays = {}
+    for name in ("predicted_weights", "labels_weights"):
+        path = folder / f"{name}.npz"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}; CT-CLIP's inference writes it into its results")
+        with np.load(path) as archive:
+            arrays[name] = np.asarray(archive["data"], dtype=np.float64)
+    scores, labels = arrays["predicted_weights"], arrays["labels_weights"]
+    if scores.shape != labels.shape or scores.shape[1:] != (len(FINDINGS),):
+        raise ScoreTableError(
+            f"{folder}: scores are {scores.shape}, labels {labels.shape}; "
+            f"expected (N, {len(FINDINGS)}) for both"
+        )
+    listing = folder / "accessions.txt"
+    if listing.is_file():
+        names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
+        if len(names) != len(scores):
+            raise ScoreTableError(f"{listing} has {len(names)} names for {len(scores)} rows")
+    else:
+        logger.warning("%s: no accessions.txt, every row counts as its own patient", folder)
+        names = [f"row-{row:05d}" for row in range(len(scores))]
+    return _table(names, FINDINGS, labels, scores, {"model": folder.name, "source": "CT-CLIP"})
+
+
+def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = None) -> ScoreTable:
+    """A wide CSV of scores beside a wide CSV of labels, matched by volume.
+
+    Args:
+        scores: An id column and one column per finding, by its CT-RATE name.
+        labels: An id column and label columns (1, 0, empty); volumes without scores are dropped.
+        protocol: Gives the label columns of each finding where a cohort names them differently;
+            its findings are then scored finding by finding.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ScoreTableError: If columns are missing or no volume is in both.
+    """
+    score_frame, label_frame = _wide_frame(scores), _wide_frame(labels)
+    findings = [finding for finding in FINDINGS if finding in score_frame.columns]
+    if not findings:
+        raise ScoreTableError(f"{scores}: none of the findings' names is a column")
+    common = [volume for volume in score_frame.index if volume in label_frame.index]
+    if not common:
+        raise ScoreTableError(
+            f"{scores} and {labels} have no volume in common; they start with "
+            f"{score_frame.index[0]!r} and {label_frame.index[0]!r}"
+        )
+    if len(common) < len(score_frame):
+        logger.warning("%d of %d volumes have no labels", len(score_frame) - len(common),
+                       len(score_frame))  # fmt: skip
+    sources = {finding: (finding,) for finding in FINDINGS}
+    if protocol is not None:
+        for entry in protocol.findings:
+            sources |= dict.fromkeys(entry.scores, entry.labels)
+            sources.setdefault(entry.name, entry.labels)
+    matrix = []
+    for finding in findings:
+        columns = [column for column in sources[finding] if column in label_frame.columns]
+        if len(columns) < len(sources[finding]):
+            missing = sorted(set(sources[finding]) - set(columns))
+            logger.warning("%s: no label column %s, %s stays unknown", labels, missing[0], finding)
+            matrix.append(np.full(len(common), np.nan))
+            continue
+        values = label_frame.loc[common, columns].apply(pd.to_numeric, errors="raise")
+        matrix.append(any_positive(values.to_numpy(np.float64).T))
+    numbers = score_frame.loc[common, findings].apply(pd.to_numeric, errors="raise")
+    header = {"model": Path(scores).stem, "source": str(scores), "labels": str(labels)}
+    return _table(
+        common, findings, np.stack(matrix, axis=1), numbers.to_numpy(np.float64), header,
+        label_frame.loc[common],
+    )  # fmt: skip
+
+
+def ct_rate_ids(volume_id: str) -> tuple[str, str, str]:
+    """Study, patient and split of a CT-RATE volume; any other name is its own patient."""
+    match = CT_RATE_NAME.fullmatch(volume_id)
+    if match is None:
+        return volume_id, volume_id, ""
+    return f"{match['patient']}_{match['scan']}", match["patient"], match["split"]
+
+
+def _wide_frame(path: str | Path) -> pd.DataFrame:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    frame = pd.read_csv(path, encoding="utf-8-sig")
+    names = [name for name in ID_COLUMNS if name in frame.columns]
+    if not names:
+        raise ScoreTableError(
+            f"{path}: no column names the volume; expected one of {', '.join(ID_COLUMNS)}"
+        )
+    ids = frame[names[0]].astype(str).str.replace(r"\.nii(\.gz)?$", "", regex=True)
+    again = ids[ids.duplicated()]
+    if len(again):
+        raise ScoreTableError(f"{path}: volume {again.iloc[0]!r} comes more than once")
+    return frame.set_index(ids)
+
+
+def _table(
+    names: Sequence[str],
+    findings: Sequence[str],
+    labels: np.ndarray,
+    scores: np.ndarray,
+    header: dict[str, str],
+    frame: pd.DataFrame | None = None,
+) -> ScoreTable:
+    ids = np.array([ct_rate_ids(name) for name in names], dtype=str).reshape(len(names), 3)
+    keys = {"study_id": ids[:, 0], "patient_id": ids[:, 1], "split": ids[:, 2]}
+    if frame is not None:  # the label file may say what the name doesn't
+        for key in keys:
+            if key in frame.columns:
+                keys[key] = frame[key].astype(str).to_numpy().astype(str)
+    return ScoreTable(
+        volume_id=np.asarray(names, dtype=str),
+        findings=tuple(findings),
+        labels=labels,
+        scores=scores,
+        header=dict(header),
+        **keys,
+    )
