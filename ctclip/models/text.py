@@ -1,0 +1,354 @@
+"""The text tower: any Hugging Face BERT through open_clip's ``HFTextEncoder``, and its tokenizer.
+
+This module is the one seam to open_clip's text side and to transformers. B texts, L tokens, E
+embedding width.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip.hf_model import HFTextEncoder
+
+CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"
+"""Default for real runs: BERT pretrained on radiology reports (Boecking et al. 2022)."""
+
+BUILTIN_TOKENIZER = Path(__file__).parent / "tokenizer" / "tokenizer.json"
+"""Small WordPiece vocabulary of radiology words that ships with the package."""
+
+POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler", "pooler": "cls_pooler"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text tower and how much of it learns."""
+
+    name_or_path: str | None = CXR_BERT
+    """A Hugging Face name or a local directory; None builds a small random BERT (next three)."""
+
+    width: int = 128
+    layers: int = 2
+    """0 makes a bag of words: token embeddings and pooling only."""
+    heads: int = 4
+
+    pooling: Literal["cls", "mean", "pooler"] = "cls"
+    """CLS token's last state (CT-CLIP's), mean over tokens, or BERT's own pooler layer."""
+
+    context_length: int = 512
+    """Longest text in tokens; the tail of longer ones is cut and counted, see ``Tokenizer``."""
+
+    dropout: float = 0.1
+
+    train: Literal["frozen", "last-n", "lora", "full"] = "full"
+    """What of BERT learns; the projection into the joint space always does."""
+
+    train_layers: int = 4
+    """Layers that learn with ``train="last-n"``."""
+
+    lora_rank: int = 8
+    """Rank of the adapters with ``train="lora"``."""
+
+    def __post_init__(self) -> None:
+        if self.context_length < 3:
+            raise ValueError(f"text.context_length must be at least 3, got {self.context_length}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"text.width ({self.width}) must be a multiple of text.heads ({self.heads})"
+            )
+
+
+class Tokenizer:
+    """Text to token ids, padded to the longest text of the batch and never further.
+
+    Attributes:
+        context_length: Longest output in tokens.
+        pad_token_id: Id that fills shorter texts; the text tower masks it.
+        vocab_size: Number of ids.
+        truncated: How many texts were cut since the tokenizer was made.
+    """
+
+    def __init__(self, tokenizer_json: str, context_length: int = 512) -> None:
+        """Build from the contents of a ``tokenizer.json``.
+
+        Raises:
+            ValueError: If it isn't a tokenizer or has no padding token.
+        """
+        import tokenizers
+
+        if "model" not in json.loads(tokenizer_json):
+            raise ValueError("not the contents of a tokenizer.json: it has no key 'model'")
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_padding()
+        pad_ids = [self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>")]
+        known = [pad_id for pad_id in pad_ids if pad_id is not None]
+        if not known:
+            raise ValueError("tokenizer has neither [PAD] nor <pad>; give one with a padding token")
+        self.pad_token_id: int = known[0]
+        self.context_length = context_length
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.truncated = 0
+        self._tokenizer.enable_truncation(context_length)
+
+    @classmethod
+    def builtin(cls, context_length: int = 512) -> "Tokenizer":
+        """The small radiology vocabulary that ships with the package."""
+        return cls(BUILTIN_TOKENIZER.read_text(encoding="utf-8"), context_length)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, context_length: int = 512) -> "Tokenizer":
+        """The tokenizer of a Hugging Face model, by name or local directory.
+
+        Raises:
+            FileNotFoundError: If it is neither a local directory nor reachable on the Hub.
+        """
+        from transformers import AutoTokenizer, BertTokenizerFast
+
+        model_type = _hf_config_dict(name_or_path).get("model_type")
+        # CXR-BERT names a tokenizer class of its own, remote code, for BERT's plain vocabulary.
+        kind = BertTokenizerFast if model_type == "cxr-bert" else AutoTokenizer
+        with _explained(name_or_path, "tokenizer"):
+            tokenizer = kind.from_pretrained(name_or_path)
+        return cls(tokenizer.backend_tokenizer.to_str(), context_length)
+
+    def to_json(self) -> str:
+        """Contents of a ``tokenizer.json`` that rebuilds this tokenizer."""
+        return self._tokenizer.to_str()
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Encode texts.
+
+        Args:
+            texts: One text or several.
+            context_length: Overrides the longest output for this call.
+
+        Returns:
+            ``(B, L)`` int64, L the longest text of this batch including its special tokens.
+
+        Raises:
+            TypeError: If something other than text is given.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"expected text, got {type(text).__name__}: {text!r}")
+        if context_length is not None and context_length != self.context_length:
+            return Tokenizer(self.to_json(), context_length)(texts)
+        encodings = self._tokenizer.encode_batch(texts)
+        self.truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+        longest = max((len(encoding.ids) for encoding in encodings), default=0)
+        ids = torch.full((len(texts), longest), self.pad_token_id, dtype=torch.long)
+        for row, encoding in zip(ids, encodings, strict=True):
+            row[: len(encoding.ids)] = torch.tensor(encoding.ids, dtype=torch.long)
+        return ids
+
+
+def build_tokenizer(config: TextConfig) -> Tokenizer:
+    """The tokenizer that belongs to a text config: the named model's or the built-in one."""
+    if config.name_or_path is None:
+        return Tokenizer.builtin(config.context_length)
+    return Tokenizer.from_pretrained(config.name_or_path, config.context_length)
+
+
+def build_text_tower(
+    config: TextConfig,
+    embed_dim: int,
+    *,
+    hf_config: dict[str, Any] | None = None,
+    pretrained: bool = True,
+) -> "HFTextEncoder":
+    """Build BERT, pooling and projection, and freeze what shall not learn.
+
+    Args:
+        config: The tower.
+        embed_dim: E.
+        hf_config: The BERT's full Hugging Face config, as a checkpoint stores it. With it nothing
+            is read from a disk or the Hub, weights stay random for the checkpoint to fill, and
+            nothing is frozen: call :func:`set_trainable` to train on.
+        pretrained: Load the named model's weights.
+
+    Returns:
+        A module from token ids ``(B, L)`` to ``(B, E)``.
+
+    Raises:
+        FileNotFoundError: If the named model can't be found.
+    """
+    if hf_config is not None:
+        return _encoder(hf_config, embed_dim, config.pooling)
+    if config.name_or_path is None:
+        tower = _encoder(small_bert(config), embed_dim, config.pooling)
+    else:
+        tower = _encoder(_hf_config_dict(config.name_or_path), embed_dim, config.pooling)
+        if pretrained:
+            with _explained(config.name_or_path, "weights"):
+                weights = type(tower.transformer).from_pretrained(
+                    config.name_or_path,
+                    config=tower.config,
+                    add_pooling_layer=config.pooling == "pooler",
+                )
+            # transformers keeps a file's own dtype; half of a tower in fp16 helps nobody.
+            tower.transformer = weights.float()
+    limit = getattr(tower.config, "max_position_embeddings", config.context_length)
+    if config.context_length > limit:
+        raise ValueError(
+            f"text.context_length is {config.context_length}, but this BERT has {limit} positions"
+        )
+    set_trainable(tower, config)
+    return tower
+
+
+def set_trainable(tower: "HFTextEncoder", config: TextConfig) -> None:
+    """Freeze or open the parts of BERT that ``config.train`` says. The projection stays open.
+
+    Raises:
+        ValueError: If ``last-n`` asks for more layers than there are.
+    """
+    bert = tower.transformer
+    match config.train:
+        case "full":
+            bert.requires_grad_(True)
+        case "frozen":
+            freeze(bert)
+        case "last-n":
+            layers = bert.encoder.layer
+            if not 0 < config.train_layers <= len(layers):
+                raise ValueError(
+                    f"train_layers is {config.train_layers}; this BERT has {len(layers)}"
+                )
+            for part in (bert.embeddings, *list(layers)[: -config.train_layers]):
+                freeze(part)
+        case "lora":
+            bert.requires_grad_(False)
+            tower.transformer = _with_lora(bert, config.lora_rank)
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop a module from learning, and from dropping out what can't learn.
+
+    Dropout in a frozen tower only adds noise to its features; CT-CLIP's "frozen" towers have it.
+    """
+    module.requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+
+
+def _with_lora(bert: nn.Module, rank: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ImportError('text.train="lora" needs peft; run: pip install "ctclip[lora]"') from None
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
+    return inject_adapter_in_model(adapters, bert)
+
+
+def small_bert(config: TextConfig) -> dict[str, Any]:
+    """Hugging Face config of the BERT that a config without a name describes."""
+    vocabulary = Tokenizer.builtin()
+    return {
+        "model_type": "bert",
+        "vocab_size": vocabulary.vocab_size,
+        "pad_token_id": vocabulary.pad_token_id,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": 4 * config.width,
+        "max_position_embeddings": config.context_length,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }
+
+
+def _hf_config_dict(name_or_path: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    with _explained(name_or_path, "config.json"):
+        values, _ = PretrainedConfig.get_config_dict(name_or_path)
+    if not values:
+        raise FileNotFoundError(f"{name_or_path} holds no Hugging Face config.json")
+    return values
+
+
+def register_cxr_bert() -> None:
+    """Teach transformers and open_clip that a ``cxr-bert`` is a BERT.
+
+    Its repository offers remote code instead, which we never run; CT-CLIP too reads it as a BERT.
+    """
+    from open_clip.hf_configs import arch_dict
+    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+    class CXRBertConfig(BertConfig):
+        model_type = "cxr-bert"
+
+    class CXRBertModel(BertModel):
+        config_class = CXRBertConfig
+
+    if "cxr-bert" not in arch_dict:
+        arch_dict["cxr-bert"] = arch_dict["bert"]
+        AutoConfig.register("cxr-bert", CXRBertConfig)
+        AutoModel.register(CXRBertConfig, CXRBertModel)
+
+
+def _encoder(hf_config: dict[str, Any], embed_dim: int, pooling: str) -> "HFTextEncoder":
+    from open_clip.hf_configs import arch_dict
+    from open_clip.hf_model import HFTextEncoder
+    from transformers import AutoConfig
+
+    register_cxr_bert()
+    values = {k: v for k, v in hf_config.items() if k not in ("auto_map", "architectures")}
+    model_type = values.pop("model_type", "bert")
+    if model_type not in arch_dict:
+        raise ValueError(
+            f"text model type {model_type!r} is not one that open_clip knows: "
+            f"{', '.join(sorted(arch_dict))}"
+        )
+    tower = HFTextEncoder(
+        "",
+        embed_dim,
+        config=AutoConfig.for_model(model_type, **values),
+        pooler_type=POOLERS[pooling],
+        proj_type="linear",
+    )
+    if pooling != "pooler":
+        # Without this BERT keeps a layer that never gets a gradient, which ZeRO and DDP dislike.
+        tower.transformer.pooler = None
+    return tower
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A module's weights with LoRA adapters added into what they adapt, under its plain names."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        base = f"{name}.base_layer."
+        for key in [key for key in state if key.startswith(f"{name}.")]:
+            value = state.pop(key)
+            if key.startswith(base):
+                state[f"{name}.{key.removeprefix(base)}"] = value
+        delta = module.get_delta_weight("default")  # type: ignore[operator]
+        state[f"{name}.weight"] = state[f"{name}.weight"] + delta
+    return state
+
+
+class _explained:
+    """Turn the Hub's many ways of not finding a model into one sentence."""
+
+    def __init__(self, name: str, part: str) -> None:
+        self.name, self.part = name, part
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError):
+            raise FileNotFoundError(
+                f"no {self.part} for the text model {self.name!r}: not a local directory that "
+                f"holds one, and not reachable on the Hugging Face Hub ({error}). Download it on a "
+                "machine with a network (huggingface-cli download) and give the directory instead"
+            ) from error

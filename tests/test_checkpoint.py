@@ -1,0 +1,154 @@
+import dataclasses
+import json
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from ctclip import checkpoint
+from ctclip.checkpoint import CheckpointError
+from ctclip.data.volume import VolumeConfig
+from ctclip.models.ctclip import ModelConfig, build_model
+from ctclip.models.text import TextConfig, Tokenizer
+from ctclip.models.vit3d import VisionConfig
+
+CONFIG = ModelConfig(
+    embed_dim=24,
+    vision=VisionConfig(size="tiny", width=48, depth=1, heads=2, patch=(4, 8, 8)),
+    text=TextConfig(name_or_path=None, width=32, layers=1, heads=2, context_length=64),
+)
+VOLUMES = VolumeConfig(spacing_mm=(6.0, 4.0, 4.0), size=(8, 16, 16))
+IMAGE = torch.rand(2, 1, 8, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model(CONFIG)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    path = tmp_path / "run" / "model.safetensors"
+    checkpoint.save(path, model, Tokenizer.builtin(64), CONFIG, VOLUMES, {"step": 7})
+    return path
+
+
+def rewritten(path, change_tensors=None, change_header=None):
+    """The same checkpoint with something wrong in it."""
+    tensors = load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata["ctclip"])
+    if change_tensors:
+        change_tensors(tensors)
+    if change_header:
+        change_header(header)
+    save_file(tensors, path, metadata | {"ctclip": json.dumps(header)})
+    return path
+
+
+def test_a_checkpoint_reloads_bit_equal(model, saved):
+    loaded = checkpoint.load(saved)
+    text = loaded.tokenizer(["No nodule.", "Pleural effusion is present."])
+    model.eval()
+
+    again, before = loaded.model(IMAGE, text), model(IMAGE, text)
+
+    assert not loaded.model.training
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert (loaded.model_config, loaded.volume_config) == (CONFIG, VOLUMES)
+    assert loaded.provenance == {"step": 7}
+
+
+def test_saving_twice_gives_the_same_bytes_hence_the_same_hash(model, saved, tmp_path):
+    other = tmp_path / "other.safetensors"
+    checkpoint.save(other, model, Tokenizer.builtin(64), CONFIG, VOLUMES, {"step": 7})
+
+    assert checkpoint.load(saved).sha256 == checkpoint.load(other).sha256
+
+
+def test_nothing_but_the_finished_file_is_left(saved):
+    assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_failed_save_keeps_the_old_file(model, saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save(saved, model, Tokenizer.builtin(64), CONFIG, VOLUMES, {})
+
+    assert saved.read_bytes() == before
+    assert len(list(saved.parent.iterdir())) == 1
+
+
+def test_a_missing_file_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="ctclip-pretrain"):
+        checkpoint.load(tmp_path / "nothing.safetensors")
+
+
+def test_a_cut_file_is_refused(saved):
+    saved.write_bytes(saved.read_bytes()[:-100])
+
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        checkpoint.load(saved)
+
+
+def test_weights_without_a_description_are_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
+
+    with pytest.raises(CheckpointError, match="not ctclip's description"):
+        checkpoint.load(tmp_path / "bare.safetensors")
+
+
+def test_missing_and_surplus_and_misshapen_weights_are_named(saved):
+    def damage(tensors):
+        tensors["surplus"] = torch.zeros(1)
+        del tensors["visual.norm.weight"]
+        tensors["logit_scale"] = torch.zeros(2)
+
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(rewritten(saved, change_tensors=damage))
+
+    for words in ("missing visual.norm.weight", "unexpected surplus", "logit_scale is (2,)"):
+        assert words in str(error.value)
+
+
+def test_a_config_of_another_version_is_refused_in_words(saved):
+    def damage(header):
+        header["model"]["vision"]["colour"] = "blue"
+
+    with pytest.raises(CheckpointError, match=r"unknown config key vision\.colour.*written by"):
+        checkpoint.load(rewritten(saved, change_header=damage))
+
+
+def test_a_newer_format_is_refused(saved):
+    with pytest.raises(CheckpointError, match="upgrade ctclip"):
+        checkpoint.load(rewritten(saved, change_header=lambda header: header.update(format=99)))
+
+
+def test_volumes_of_other_preprocessing_are_refused(saved):
+    loaded = checkpoint.load(saved)
+    loaded.require_volumes(dataclasses.replace(VOLUMES, windows_hu=((-160.0, 240.0),)))
+
+    with pytest.raises(ValueError, match=r"spacing_mm \[6\.0, 4\.0, 4\.0\] in the checkpoint"):
+        loaded.require_volumes(dataclasses.replace(VOLUMES, spacing_mm=(2.0, 2.0, 2.0)))
+
+
+def test_adapters_are_merged_so_that_reading_needs_no_peft(tmp_path):
+    pytest.importorskip("peft")
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, train="lora"))
+    model = build_model(config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path / "lora.safetensors"
+    checkpoint.save(path, model, Tokenizer.builtin(64), config, VOLUMES, {})
+
+    loaded = checkpoint.load(path)
+
+    text = loaded.tokenizer(["no nodule"])
+    assert not any("lora" in name for name in loaded.model.state_dict())
+    torch.testing.assert_close(loaded.model.encode_text(text), model.encode_text(text))
