@@ -21,13 +21,20 @@ class ConfigError(ValueError):
     """A config file or override that can't be used."""
 
 
-def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file, apply ``key=value`` overrides, and validate against a dataclass.
+def load(
+    schema: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> T:
+    """Read a YAML file, apply ``key=value`` overrides and flags, validate against a dataclass.
 
     Args:
         schema: The frozen dataclass of the command.
         path: YAML file; ``None`` starts from the defaults.
         overrides: For example ``["optim.lr=1e-4", "model.vision.depth=6"]``.
+        values: Top-level values that win over both and are taken as they are, never parsed as
+            YAML: what a command's own flags gave (a path or a text may hold any character).
 
     Returns:
         An instance of ``schema``.
@@ -50,7 +57,7 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
         raise ConfigError(f"{source}: not a readable config: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping of keys to values at the top level")
-    return from_dict(schema, data, source=source)
+    return from_dict(schema, {**data, **(values or {})}, source=source)
 
 
 def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") -> T:
@@ -69,8 +76,11 @@ def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") 
         return pydantic.TypeAdapter(schema).validate_python(_plain(data))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise ConfigError(f"{source}: {where}: {first['msg']}, got {first['input']!r}") from None
+        where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+        prefix = f"{source}: {where}: " if where else f"{source}: "
+        if first["type"] == "value_error":  # raised by a __post_init__, which says all of it
+            raise ConfigError(prefix + str(first["ctx"]["error"])) from None
+        raise ConfigError(f"{prefix}{first['msg']}, got {first['input']!r}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -10,6 +10,10 @@ class Optim:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
 
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -47,6 +51,7 @@ def test_a_saved_config_loads_back(tmp_path):
         ("step=1", r"unknown config key step; did you mean steps\?"),
         ("steps=many", r"steps: .*integer.*'many'"),
         ("optim=3", "optim: .*3"),
+        ("optim.lr=-1", r"^defaults: optim: lr must be positive, got -1.0$"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override, message):
@@ -65,3 +70,9 @@ def test_a_broken_yaml_is_named(tmp_path):
 
     with pytest.raises(config.ConfigError, match="bad.yaml: not a readable config"):
         config.load(Run, path)
+
+
+def test_values_of_flags_win_and_are_never_parsed():
+    run = config.load(Run, None, ["note=from override"], values={"note": "effusion: [large"})
+
+    assert run.note == "effusion: [large"
