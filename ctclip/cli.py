@@ -168,7 +168,7 @@ def similar(argv: Sequence[str] | None = None) -> None:
     """Find the cases most similar to a study, a new scan or a text.
 
     python eval/similar.py --table archive/volumes.parquet --study p12_a --out similar
-    python eval/similar.py --table archive/volumes.parquet --ckpt model.safetensors \\
+    python eval/similar.py --table archive/volumes.parquet --ckpt model.safetensors
         --text "Bilateral pleural effusion." where.sex=F "where.age=[40,60]"
     """
     parser = _parser(similar.__doc__, "similar")

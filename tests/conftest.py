@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real scans, reports and fixtures; tests that want it skip where it is absent."""
+    """The folder of real scans, reports and fixtures; its tests skip where it is absent."""
     folder = os.environ.get("CTCLIP_TEST_DATA")
     if not folder:
         pytest.skip("CTCLIP_TEST_DATA is not set: no folder of real scans and fixtures")
