@@ -8,12 +8,14 @@ from ctclip.embeddings.encode import embed_file, embed_texts
 from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes, space_of
 from ctclip.embeddings.health import Health, health
 from ctclip.embeddings.table import EmbeddingError, EmbeddingTable, concatenate
+from ctclip.embeddings.transform import Transform
 
 __all__ = [
     "DEFAULT_FIELDS",
     "EmbeddingError",
     "EmbeddingTable",
     "Health",
+    "Transform",
     "concatenate",
     "embed_file",
     "embed_reports",

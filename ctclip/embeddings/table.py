@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ctclip.embeddings.transform import Transform
 from ctclip.findings import FINDINGS
 
 Kind = Literal["volume", "report"]
 
 HEADER_KEY = b"ctclip.embeddings"
+TRANSFORM_KEY = b"ctclip.transform"
 FORMAT_VERSION = 1
-SPACE_KEYS = ("checkpoint", "fingerprint")
+SPACE_KEYS = ("checkpoint", "fingerprint", "transform")
 """Provenance that must agree before two tables may be compared."""
 
 
@@ -50,6 +52,12 @@ class EmbeddingTable:
     fields: dict[str, list[str]] = field(default_factory=dict)
     """Columns that the user asked for: sex, age, hospital, report ...; empty string = unknown."""
 
+    scores: np.ndarray | None = None
+    """``(N, 18)`` float32 zero-shot probabilities, where somebody computed them."""
+
+    transform: Transform | None = None
+    """The centring or whitening that ``vectors`` went through, if any."""
+
     def __post_init__(self) -> None:
         num_rows = len(self.volume_id)
         columns = {"study_id": self.study_id, "patient_id": self.patient_id, "split": self.split}
@@ -60,6 +68,8 @@ class EmbeddingTable:
             raise EmbeddingError(
                 f"labels are {self.labels.shape}, expected {(num_rows, len(FINDINGS))}"
             )
+        if self.scores is not None and self.scores.shape != self.labels.shape:
+            raise EmbeddingError(f"scores are {self.scores.shape}, labels {self.labels.shape}")
         for name, matrix in (("vectors", self.vectors), ("report_vectors", self.report_vectors)):
             if matrix is None:
                 continue
@@ -110,6 +120,7 @@ class EmbeddingTable:
             vectors=self.vectors[index],
             labels=self.labels[index],
             report_vectors=None if self.report_vectors is None else self.report_vectors[index],
+            scores=None if self.scores is None else self.scores[index],
             fields={name: pick(column) for name, column in self.fields.items()},
         )
 
@@ -149,14 +160,23 @@ class EmbeddingTable:
             EmbeddingError: If they differ; the message names both.
         """
         theirs = other.provenance if isinstance(other, EmbeddingTable) else other
-        for key in SPACE_KEYS:
-            if self.provenance.get(key) != theirs.get(key):
-                raise EmbeddingError(
-                    f"these embeddings don't belong together: {key} is "
-                    f"{self.provenance.get(key)!r} ({self.provenance.get('model', 'unnamed')}) and "
-                    f"{theirs.get(key)!r} ({theirs.get('model', 'unnamed')}); export both with the "
-                    "same checkpoint and the same prepared cohort"
-                )
+        require_same_space(self.provenance, theirs)
+
+    def transformed(self, transform: Transform) -> "EmbeddingTable":
+        """The same rows in a centred or whitened space, which is another space: it won't mix.
+
+        Raises:
+            EmbeddingError: If the table went through a transform already.
+        """
+        if self.transform is not None:
+            raise EmbeddingError("the table is transformed already; start from the raw export")
+        return replace(
+            self,
+            vectors=transform(self.vectors_for_reports, self.kind),
+            report_vectors=None,
+            transform=transform,
+            provenance={**self.provenance, "transform": transform.name},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one Parquet file, atomically; the header travels in the schema's metadata."""
@@ -175,10 +195,16 @@ class EmbeddingTable:
         for index, finding in enumerate(FINDINGS):
             values = np.ascontiguousarray(self.labels[:, index])
             columns[f"label:{finding}"] = pa.array(values, pa.float32(), mask=np.isnan(values))
+            if self.scores is not None:
+                scores = np.ascontiguousarray(self.scores[:, index])
+                columns[f"score:{finding}"] = pa.array(scores, pa.float32())
         for name, column in self.fields.items():
             columns[f"field:{name}"] = pa.array(column, pa.string())
         header = {"version": FORMAT_VERSION, "kind": self.kind, "provenance": self.provenance}
-        table = pa.table(columns).replace_schema_metadata({HEADER_KEY: json.dumps(header).encode()})
+        metadata = {HEADER_KEY: json.dumps(header).encode()}
+        if self.transform is not None:
+            metadata[TRANSFORM_KEY] = self.transform.to_bytes()
+        table = pa.table(columns).replace_schema_metadata(metadata)
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,20 +246,40 @@ class EmbeddingTable:
             patient_id=table["patient_id"].to_pylist(),
             split=table["split"].to_pylist(),
             vectors=_matrix(table["vector"]),
-            labels=np.stack(
-                [
-                    table[f"label:{finding}"].to_numpy(zero_copy_only=False).astype(np.float32)
-                    for finding in FINDINGS
-                ],
-                axis=1,
-            ),
+            labels=_finding_columns(table, "label"),
             kind=header["kind"],
             provenance=header["provenance"],
             report_vectors=(
                 _matrix(table["report_vector"]) if "report_vector" in table.column_names else None
             ),
             fields={name.removeprefix("field:"): table[name].to_pylist() for name in fields},
+            scores=(
+                _finding_columns(table, "score")
+                if f"score:{FINDINGS[0]}" in table.column_names
+                else None
+            ),
+            transform=(
+                Transform.from_bytes(table.schema.metadata[TRANSFORM_KEY])
+                if TRANSFORM_KEY in table.schema.metadata
+                else None
+            ),
         )
+
+
+def require_same_space(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Check that two provenances are of one model and preprocessing.
+
+    Raises:
+        EmbeddingError: If they differ; the message names both.
+    """
+    for key in SPACE_KEYS:
+        if ours.get(key) != theirs.get(key):
+            raise EmbeddingError(
+                f"these embeddings don't belong together: {key} is {ours.get(key)!r} "
+                f"({ours.get('model', 'unnamed')}) and {theirs.get(key)!r} "
+                f"({theirs.get('model', 'unnamed')}); export both with the same checkpoint and "
+                "the same prepared cohort"
+            )
 
 
 def concatenate(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
@@ -253,11 +299,16 @@ def concatenate(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
             raise EmbeddingError(
                 f"the tables carry different fields: {list(first.fields)} and {list(other.fields)}"
             )
-        if (other.report_vectors is None) != (first.report_vectors is None):
-            raise EmbeddingError("one table has report vectors, the other has none")
+        for name in ("report_vectors", "scores"):
+            if (getattr(other, name) is None) != (getattr(first, name) is None):
+                raise EmbeddingError(f"one table has {name}, the other has none")
 
     def join(columns: Sequence[list[str]]) -> list[str]:
         return [value for column in columns for value in column]
+
+    def stack(matrices: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        present = [matrix for matrix in matrices if matrix is not None]
+        return np.concatenate(present) if present else None
 
     joined = replace(
         first,
@@ -267,11 +318,8 @@ def concatenate(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
         split=join([t.split for t in tables]),
         vectors=np.concatenate([t.vectors for t in tables]),
         labels=np.concatenate([t.labels for t in tables]),
-        report_vectors=(
-            None
-            if first.report_vectors is None
-            else np.concatenate([t.vectors_for_reports for t in tables])
-        ),
+        report_vectors=stack([t.report_vectors for t in tables]),
+        scores=stack([t.scores for t in tables]),
         fields={name: join([t.fields[name] for t in tables]) for name in first.fields},
     )
     rows = {volume: row for row, volume in reversed(list(enumerate(joined.volume_id)))}
@@ -289,6 +337,12 @@ def _matrix(column: Any) -> np.ndarray:
     array = column.combine_chunks()
     width = array.type.list_size
     return np.array(array.flatten().to_numpy(), dtype=np.float32).reshape(len(array), width)
+
+
+def _finding_columns(table: Any, prefix: str) -> np.ndarray:
+    columns = [table[f"{prefix}:{finding}"] for finding in FINDINGS]
+    arrays = [column.to_numpy(zero_copy_only=False).astype(np.float32) for column in columns]
+    return np.stack(arrays, axis=1)
 
 
 def _header(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

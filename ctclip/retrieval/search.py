@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ctclip.embeddings import EmbeddingError, EmbeddingTable
+from ctclip.embeddings import EmbeddingError, EmbeddingTable, Transform
+from ctclip.embeddings.table import Kind, require_same_space
 from ctclip.retrieval.filters import Filter
 
 
@@ -47,6 +48,9 @@ class Hit:
     """``(18,)`` 1, 0 or nan, in the order of ``FINDINGS``."""
 
     fields: dict[str, str] = field(default_factory=dict)
+    scores: np.ndarray | None = None
+    """``(18,)`` zero-shot probabilities, where the archive has them."""
+
     is_ordinary: bool = False
     """Whether it is no more similar than a random pair of the archive's cases."""
 
@@ -64,8 +68,10 @@ class Archive(Protocol):
         """The archive's rows of a volume or a study."""
         ...
 
-    def require_same_space(self, provenance: Mapping[str, str]) -> None:
-        """Check that vectors of this provenance may be compared with the archive's."""
+    def project(
+        self, vector: np.ndarray, provenance: Mapping[str, str], kind: Kind = "volume"
+    ) -> np.ndarray:
+        """Bring a model's output into the archive's space."""
         ...
 
 
@@ -76,6 +82,7 @@ class MemoryArchive:
         if table.kind != "volume":
             raise EmbeddingError("only volumes are searched; this is a table of reports")
         self.table = table
+        self._vectors = table.vectors_for_reports.astype(np.float64)
         self._order = np.argsort(np.array(table.volume_id))  # ties go to the smaller identifier
 
     def search(
@@ -94,7 +101,7 @@ class MemoryArchive:
         """
         check_query(query, self.table.width, k, per_patient)
         keep = (where or Filter()).mask(self.table)
-        similarity = similarities(self.table.vectors_for_reports, query.vector)
+        similarity = similarities(self._vectors, query.vector)
         order = self._order[np.argsort(-similarity[self._order], kind="stable")]
         candidates = (self._hit(row, float(similarity[row]), query) for row in order if keep[row])
         return collapse(candidates, query, k, per_patient)
@@ -113,13 +120,20 @@ class MemoryArchive:
             raise EmbeddingError(f"the archive has no case {wanted!r} among its {len(self.table)}")
         return self.table.select(found)
 
-    def require_same_space(self, provenance: Mapping[str, str]) -> None:
-        """Check that vectors of this provenance may be compared with the archive's.
+    def project(
+        self, vector: np.ndarray, provenance: Mapping[str, str], kind: Kind = "volume"
+    ) -> np.ndarray:
+        """Bring a model's output into the archive's space.
+
+        Args:
+            vector: ``(E,)`` L2-normalised, of a scan or a text.
+            provenance: Of what made the vector: ``space_of(checkpoint)``.
+            kind: ``"report"`` for a text.
 
         Raises:
-            EmbeddingError: If they are of another model or preprocessing.
+            EmbeddingError: If it is of another model or preprocessing.
         """
-        self.table.require_same_space(provenance)
+        return project(vector, provenance, kind, self.table.provenance, self.table.transform)
 
     def _hit(self, row: int, similarity: float, query: Query) -> Hit:
         table = self.table
@@ -130,18 +144,31 @@ class MemoryArchive:
             similarity=similarity,
             labels=table.labels[row],
             fields={name: column[row] for name, column in table.fields.items()},
+            scores=None if table.scores is None else table.scores[row],
             is_ordinary=query.ordinary is not None and similarity <= query.ordinary,
         )
 
 
 def similarities(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """``(N,)`` float64 cosines, rounded so that equal vectors tie whatever their row.
+    """``(N,)`` float64 cosines, rounded so that every archive orders near-ties alike.
 
     Args:
-        vectors: ``(N, E)`` float32, L2-normalised.
-        query: ``(E,)`` float32, L2-normalised.
+        vectors: ``(N, E)`` L2-normalised; float64, because float32 sums depend on the shape.
+        query: ``(E,)`` L2-normalised.
     """
-    return np.round((vectors @ query).astype(np.float64), 6)
+    return np.round(vectors.astype(np.float64, copy=False) @ query.astype(np.float64), 6)
+
+
+def project(
+    vector: np.ndarray,
+    provenance: Mapping[str, str],
+    kind: Kind,
+    space: Mapping[str, str],
+    transform: Transform | None,
+) -> np.ndarray:
+    """Check that a vector is of the archive's model, and apply the archive's transform."""
+    require_same_space({**space, "transform": ""}, {**provenance, "transform": ""})
+    return vector if transform is None else transform(vector[None], kind)[0]
 
 
 def collapse(candidates: Iterable[Hit], query: Query, k: int, per_patient: int) -> list[Hit]:

@@ -121,13 +121,13 @@ def build_query(config: SimilarConfig, archive: Archive, background: Background)
     if config.scan or config.text:
         assert config.checkpoint is not None
         checkpoint = checkpoints.load(config.checkpoint, device=config.device)
-        archive.require_same_space(space_of(checkpoint))
+        space = space_of(checkpoint)
         if config.scan:
             _, vector = embed_file(checkpoint, config.scan, device=config.device)
-            like.append(Query(vector=vector, name=config.scan.name))
+            like.append(Query(vector=archive.project(vector, space), name=config.scan.name))
         if config.text:
             vector = embed_texts(checkpoint, [config.text], device=config.device)[0]
-            text = Query(vector=vector, name=f"“{config.text}”")
+            text = Query(vector=archive.project(vector, space, "report"), name=f"“{config.text}”")
     unlike = [from_rows(archive.rows(study_id=study)) for study in config.less]
     return compose(like, unlike, text, background, text_weight=config.text_weight)
 
