@@ -115,9 +115,14 @@ def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]
         replicates: ``(R,)``; undefined replicates are nan.
         level: Nominal coverage.
     """
-    defined = replicates[~np.isnan(replicates)]
-    if len(defined) < max(20, len(replicates) // 2):
+    values = defined(replicates)
+    if len(values) < max(20, len(replicates) // 2):
         return float("nan"), float("nan")
     tail = (1.0 - level) / 2.0
-    low, high = np.quantile(defined, (tail, 1.0 - tail))
+    low, high = np.quantile(values, (tail, 1.0 - tail))
     return float(low), float(high)
+
+
+def defined(replicates: np.ndarray) -> np.ndarray:
+    """The replicates that drew both classes."""
+    return replicates[~np.isnan(replicates)]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from ctclip.evaluation import metrics
+from ctclip.evaluation import calibration, metrics
 from ctclip.evaluation.scores import ScoreTable
 
 COLOURS = ("#1f5fa8", "#d9772b", "#3d8f5f", "#8a4fa3", "#b8433f", "#5f6b76")
@@ -109,6 +109,58 @@ def auc_bars(evaluations: Sequence[metrics.Evaluation]) -> Figure:
     )
     if len(evaluations) > 1:
         _legend(figure, [evaluation.model for evaluation in evaluations])
+    return figure
+
+
+def reliability_grid(tables: Sequence[ScoreTable]) -> Figure:
+    """Predicted against observed probability, one small plot per finding."""
+    findings = tables[0].findings
+    columns = 6 if len(findings) > 6 else max(len(findings), 1)
+    rows = -(-len(findings) // columns)
+    figure = Figure(figsize=(2.35 * columns, 2.65 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for k, axis in enumerate(axes.flat):
+        if k >= len(findings):
+            axis.set_visible(False)
+            continue
+        _frame(axis, findings[k])
+        axis.plot([0, 1], [0, 1], color=CHANCE, lw=0.8, ls=(0, (4, 3)))
+        for m, table in enumerate(tables):
+            label, score = metrics.known(table.labels[:, k], table.scores[:, k])
+            if not len(label):
+                continue
+            found = calibration.reliability(label.astype(float), score)
+            colour = COLOURS[m % len(COLOURS)]
+            axis.plot(found.predicted, found.observed, color=colour, lw=1.2, marker="o", ms=3)
+            axis.text(0.03, 0.92 - 0.105 * m, f"ECE {found.ece:.2f}", fontsize=7.5, color=colour)
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set_aspect("equal")
+    if len(tables) > 1:
+        _legend(figure, [table.name for table in tables])
+    figure.supxlabel("mean score of a tenth of the cases", fontsize=9, color=INK)
+    figure.supylabel("share of positives", fontsize=9, color=INK)
+    return figure
+
+
+def differences(found: Sequence[Any], title: str) -> Figure:
+    """Differences with 95 % intervals, one row each (objects with finding, difference, low, high).
+
+    Filled where the interval leaves zero out.
+    """
+    rows = [row for row in found if not np.isnan(row.difference)]
+    figure = Figure(figsize=(7.4, 1.2 + 0.27 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for y, row in enumerate(reversed(rows)):
+        is_clear = row.low > 0 or row.high < 0
+        colour = COLOURS[0] if row.difference > 0 else COLOURS[1]
+        axis.plot([row.low, row.high], [y, y], color=colour, lw=1.6)
+        axis.plot([row.difference], [y], marker="o", ms=5.5, color=colour,
+                  mfc=colour if is_clear else "white")  # fmt: skip
+    axis.set_yticks(range(len(rows)), [row.finding for row in reversed(rows)])
+    axis.axvline(0, color=INK, lw=0.8)
+    _frame(axis, title)
+    axis.tick_params(axis="y", labelsize=8.5, length=0)
+    axis.set_xlabel("difference of AUROC with 95 % interval", fontsize=8.5, color=INK)
     return figure
 
 

@@ -1,0 +1,97 @@
+"""The results card: Markdown to paste beside a model, every number with what reproduces it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ctclip import __version__
+from ctclip.evaluation.report import with_interval
+
+if TYPE_CHECKING:
+    from ctclip.evaluation.model_report import Model
+
+
+def write(
+    path: Path, models: "Sequence[Model]", comparisons: Sequence[pd.DataFrame], command: str
+) -> None:
+    """Write the card.
+
+    Args:
+        path: Markdown file.
+        models: What was evaluated.
+        comparisons: Frames of :meth:`ctclip.evaluation.compare.Comparison.frame`.
+        command: The command line that makes these numbers from these files.
+    """
+    lines = ["# Results", "", f"Every number on this card comes from ctclip {__version__} and"]
+    lines += ["", "```", command, "```", ""]
+    lines += ["on these files:", ""]
+    lines += [
+        "| model | file | SHA-256 | checkpoint | prompts | protocol |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in models:
+        header = model.test.header
+        cells = [
+            model.evaluation.model,
+            f"`{model.path.name}`",
+            f"`{model.sha256[:12]}`",
+            f"`{str(header.get('checkpoint', 'not stated'))[:12]}`",
+            str(header.get("prompts", "not stated")),
+            model.protocol,
+        ]
+        lines.append(_row(cells))
+    for protocol in dict.fromkeys(model.protocol for model in models):
+        members = [model for model in models if model.protocol == protocol]
+        lines += ["", f"## AUROC under {protocol}", ""]
+        lines.append("Brackets: 95 % interval, patients resampled.")
+        lines.append("")
+        lines.append(_row(["finding", "positive / known", *(m.evaluation.model for m in members)]))
+        lines.append("|---|" + "---:|" * (len(members) + 1))
+        for k, first in enumerate(members[0].evaluation.findings):
+            results = [member.evaluation.findings[k] for member in members]
+            known = f"{first.positives} / {first.positives + first.negatives}"
+            values = [
+                first.note
+                if np.isnan(r.auroc)
+                else with_interval(r.auroc, r.auroc_low, r.auroc_high)
+                for r in results
+            ]
+            lines.append(_row([first.finding, known, *values]))
+        macros = [member.evaluation.macro for member in members]
+        values = [with_interval(m["auroc"], m["auroc_low"], m["auroc_high"]) for m in macros]
+        measured = ", ".join(sorted({str(int(m["num_findings"])) for m in macros}))
+        lines.append(_row([f"**macro over {measured}**", "", *values]))
+        lines += ["", "Cases: " + "; ".join(
+            f"{m.evaluation.model}: {m.evaluation.cases} of {m.evaluation.patients} patients"
+            for m in members
+        ) + "."]  # fmt: skip
+    for frame in comparisons:
+        macro = frame.iloc[-1]
+        lines += [
+            "",
+            f"## {macro['b']} minus {macro['a']}",
+            "",
+            f"Macro AUROC {macro['difference']:+.4f} [{macro['low']:+.4f}, {macro['high']:+.4f}], "
+            f"paired, p = {macro['p']:.2g}; a difference of {macro['detectable']:.4f} would be "
+            "seen in 80 % of samples like this one.",
+        ]
+        clear = frame[(frame["p_holm"] < 0.05) & (frame["finding"] != "macro")]
+        for row in clear.itertuples():
+            lines.append(
+                f"- {row.finding}: {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], "
+                f"Holm p = {row.p_holm:.2g}"
+            )
+        if clear.empty:
+            lines.append("- no single finding differs after Holm's correction")
+    lines += ["", "Research use only; not a medical device.", ""]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("\n".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

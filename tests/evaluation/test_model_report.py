@@ -1,0 +1,104 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+from score_tables import cohort
+
+from ctclip.evaluation import model_report, protocols
+from ctclip.evaluation.model_report import ReportConfig
+from ctclip.findings import FINDINGS
+
+
+def probabilities(model: str, separation: float):
+    table = cohort(240, FINDINGS, separation, seed=1, model=model, checkpoint="ab" * 32)
+    table.labels[:, 3] = 0.0
+    split = np.where(np.arange(240) < 80, "valid", "test")
+    sex = np.array(["F", "M"])[np.arange(240) // 2 % 2]
+    return replace(table, scores=expit(table.scores), split=split, meta={"sex": sex})
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    probabilities("ours", 1.5).save(folder / "ours.parquet")
+    probabilities("theirs", 1.0).save(folder / "theirs.csv")
+    models = model_report.run(
+        [folder / "ours.parquet", folder / "theirs.csv"],
+        folder / "out",
+        ReportConfig(protocol="ct-rate-18", replicates=250),
+    )
+    return models, folder / "out"
+
+
+def test_test_cases_are_reported_and_thresholds_come_from_the_others(results):
+    models, folder = results
+    assert {m.evaluation.cases for m in models} == {160}
+    assert {len(m.development) for m in models} == {80}
+    table = pd.read_csv(folder / "thresholds.csv")
+    assert set(table["thresholds from"]) == {"development (youden)"}
+
+
+def test_every_number_carries_its_protocol(results):
+    models, folder = results
+    table = pd.read_csv(folder / "auc.csv")
+    assert set(table["protocol"]) == {models[0].protocol}
+    assert models[0].protocol.startswith("ct-rate-18@")
+    assert json.loads((folder / "results.json").read_text())[0]["header"]["unit"] == "study"
+
+
+def test_the_card_names_the_command_and_the_file_behind_each_number(results):
+    models, folder = results
+    card = (folder / "card.md").read_text()
+    assert "python eval/report.py" in card
+    assert "--protocol ct-rate-18 --replicates 250" in card
+    assert models[0].sha256[:12] in card
+    assert f"{models[0].evaluation.macro['auroc']:.3f}" in card
+    assert "| Pericardial effusion | 0 / 160 | no positives: not measured |" in card
+    assert "theirs minus ours" in card
+
+
+def test_the_page_shows_each_part(results):
+    text = (results[1] / "report.html").read_text()
+    for part in ("Paired comparison", "Calibration", "At a threshold", "Subgroups", "ECE, Platt"):
+        assert part in text
+    assert "not in the macro: Pericardial effusion" in text
+    assert "http" not in text
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two findings, and two protocols over them: quick to draw."""
+    for name, unit in (("one", "volume"), ("ct-clip", "study")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"name: {name}\nunit: {unit}\nfindings: [Emphysema, Lung nodule]\n"
+        )
+    table = cohort(80, model="ours")
+    table.save(tmp_path / "a.parquet")
+    other = replace(table, header={"model": "theirs"})
+    protocols.load(tmp_path / "ct-clip.yaml").apply(other).save(tmp_path / "b.parquet")
+    return tmp_path
+
+
+def test_protocols_are_never_mixed(small):
+    config = ReportConfig(protocol=str(small / "one.yaml"), replicates=0)
+    model_report.run([small / "a.parquet", small / "b.parquet"], small / "out", config)
+    assert "Paired comparison" not in (small / "out" / "report.html").read_text()
+    card = (small / "out" / "card.md").read_text()
+    assert "## AUROC under one@" in card
+    assert "## AUROC under ct-clip@" in card
+
+
+def test_ct_clips_thresholds_are_called_optimistic(small):
+    model_report.run([small / "b.parquet"], small / "out", ReportConfig(replicates=0))
+    text = (small / "out" / "report.html").read_text()
+    assert "OPTIMISTIC" in text
+    assert "scores are no probabilities" in text
+
+
+def test_two_models_of_one_name_are_refused(tmp_path):
+    probabilities("ours", 1.5).save(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="all called 'ours'"):
+        model_report.run([tmp_path / "a.parquet"] * 2, tmp_path / "out", ReportConfig(replicates=0))
