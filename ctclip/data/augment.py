@@ -1,0 +1,75 @@
+"""Augmentation of a CT without flips: a mirrored chest has its heart on the wrong side.
+
+Applied in HU, before windowing, on whatever device the volume is; MONAI does the work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctclip.data.hu import AIR_HU
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How much a scan may change while its report stays true."""
+
+    probability: float = 0.5
+    """Of each of the three steps."""
+
+    rotate_degrees: float = 8.0
+    """About the body axis; patients lie that much askew."""
+
+    scale: float = 0.08
+    """Relative change of size, the same along all axes."""
+
+    noise_hu: float = 25.0
+    """Largest standard deviation of added noise; CT-RATE's kernels differ by about that."""
+
+    blur_voxels: float = 0.8
+    """Largest sigma of a Gaussian, from sharp to soft kernel."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must be in [0, 1], got {self.probability}")
+        if min(self.rotate_degrees, self.scale, self.noise_hu, self.blur_voxels) < 0:
+            raise ValueError("augmentation strengths must not be negative")
+
+
+def augment(volume_hu: Tensor, config: AugmentConfig, seed: Sequence[int]) -> Tensor:
+    """Rotate, scale, blur and add noise, reproducibly.
+
+    Args:
+        volume_hu: ``(D, H, W)`` in HU, any type and device.
+        config: Strengths.
+        seed: Non-negative integers that identify this draw, for example (seed, epoch, index).
+
+    Returns:
+        ``(D, H, W)`` float32 on the same device.
+    """
+    from monai.transforms import Affine, GaussianSmooth
+
+    random = np.random.default_rng(list(seed))
+    chosen = random.random(3) < config.probability
+    angle, size, sigma, noise = random.uniform((-1, -1, 0, 0), 1)
+    volume = volume_hu.to(torch.float32)[None]
+    if chosen[0]:
+        # Air outside of the scan: MONAI pads with 0, so the volume is moved to make air 0.
+        transform = Affine(
+            rotate_params=(np.radians(config.rotate_degrees) * angle, 0.0, 0.0),
+            scale_params=(1 + config.scale * size,) * 3,
+            padding_mode="zeros",
+            image_only=True,
+        )
+        volume = torch.as_tensor(transform(volume - AIR_HU)) + AIR_HU
+    if chosen[1] and config.blur_voxels > 0:
+        volume = torch.as_tensor(GaussianSmooth(sigma=config.blur_voxels * sigma + 1e-3)(volume))
+    if chosen[2]:
+        generator = torch.Generator(device=volume.device)
+        generator.manual_seed(int(random.integers(2**62)))
+        drawn = torch.randn(volume.shape, generator=generator, device=volume.device)
+        volume = volume + config.noise_hu * noise * drawn
+    return volume[0]
