@@ -161,7 +161,7 @@ def direction_overlap(present: Tensor, absent: Tensor) -> Tensor:
 
 @torch.no_grad()
 def direction_spread(present: Tensor, absent: Tensor) -> float:
-    """Mean \\|cos\\| between the present-minus-absent directions of different findings.
+    """Mean absolute cosine between the present-minus-absent directions of different findings.
 
     Args:
         present: ``(F, E)``, L2-normalised.

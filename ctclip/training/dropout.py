@@ -1,0 +1,87 @@
+"""Dropout whose mask belongs to the sample, not to the process that happens to hold it.
+
+torch draws dropout masks from one stream per process, so the same study gets another mask when the
+batch is split differently. Here the mask is a hash of (seed, step, sample, layer, position):
+training is then the same on any number of processes and micro-batches, the second forward of
+GradCache repeats the first, and resuming needs no generator state.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+@dataclass
+class SampleKeys:
+    """The keys of the rows now passing through the network, shared by all its dropout layers."""
+
+    keys: Tensor | None = None
+    """``(B,)`` int64, one per row; None falls back on torch's dropout."""
+
+
+class SampleDropout(nn.Module):
+    """Drop-in for ``nn.Dropout`` with one reproducible mask per row.
+
+    Args:
+        p: Share of elements that is zeroed.
+        layer: Distinguishes the layers of one network.
+        sample_keys: Where the rows' keys are found during forward.
+    """
+
+    def __init__(self, p: float, layer: int, sample_keys: SampleKeys) -> None:
+        super().__init__()
+        self.p = p
+        self.layer = layer
+        self.sample_keys = sample_keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero a share ``p`` of ``x`` ``(B * k, ...)`` and rescale the rest; identity in eval."""
+        if not self.training or self.p == 0.0:
+            return x
+        keys = self.sample_keys.keys
+        if keys is None:
+            return nn.functional.dropout(x, self.p)
+        rows = x.reshape(len(keys), -1)
+        position = torch.arange(rows.shape[1], device=x.device)
+        counter = keys[:, None] * _MIX_1 + (position * 65_537 + self.layer) * _GOLDEN
+        # 53 random bits, as in a double: a share p of them lies below p.
+        uniform = _shift(splitmix64(counter), 11).to(torch.float64) * 2.0**-53
+        keep = (uniform >= self.p).reshape(x.shape)
+        return x * keep.to(x.dtype) / (1.0 - self.p)
+
+
+def make_reproducible(model: nn.Module) -> SampleKeys:
+    """Replace every ``nn.Dropout`` of a model; weights and state dict stay as they are.
+
+    Dropout of attention probabilities is switched off: the fused kernel draws its own mask.
+
+    Returns:
+        The object in which the caller sets the keys of the rows before a forward.
+    """
+    sample_keys = SampleKeys()
+    layer = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Dropout:
+                in_attention = hasattr(module, "query") and hasattr(module, "key")
+                p = 0.0 if in_attention else child.p
+                setattr(module, name, SampleDropout(p, layer, sample_keys))
+                layer += 1
+    return sample_keys
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """Scramble int64 counters into uniform 64-bit patterns (Steele et al. 2014)."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

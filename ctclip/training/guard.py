@@ -1,0 +1,118 @@
+"""What stops a bad step from becoming a bad model, and a pre-emption from losing work."""
+
+import json
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctclip import distributed
+from ctclip.training.grad_cache import Features
+
+if TYPE_CHECKING:
+    from ctclip.data.manifest import VolumeRecord
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped_steps.jsonl"
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had no usable gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When a step isn't taken."""
+
+    loss_limit: float = 100.0
+    """A larger loss counts as exploded; with cosines and a clamped temperature it can't be one."""
+
+    max_skipped: int = 10
+    """Skipped steps in a row after which the run stops."""
+
+
+class Guard:
+    """Judges every step the same way on every rank, and listens for SIGTERM. A context manager.
+
+    Args:
+        config: Limits.
+        out: Run folder, where skipped steps are listed with their studies.
+        skipped: Steps skipped before this start, in a row and in total.
+    """
+
+    def __init__(self, config: GuardConfig, out: Path, skipped: tuple[int, int] = (0, 0)) -> None:
+        self._config = config
+        self._path = out / SKIPPED
+        self.in_a_row, self.total = skipped
+        self._terminated = False
+        self.should_stop = False
+        """A rank was asked to terminate; known to all ranks after the next step."""
+        self._previous: Any = None
+
+    def __enter__(self) -> "Guard":
+        self._previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def is_usable(self, loss: Tensor, leaves: Features) -> bool:
+        """Whether loss and feature gradients are sound on all ranks."""
+        gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        sound = finite & loss.isfinite() & (loss.abs() <= self._config.loss_limit)
+        flags = torch.stack([(~sound).float(), torch.full_like(loss, float(self._terminated))])
+        if distributed.world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad, stop = (bool(flag) for flag in flags.tolist())
+        self.should_stop = self.should_stop or stop
+        return not bad
+
+    def took_step(self) -> None:
+        """Note a good step."""
+        self.in_a_row = 0
+
+    def skipped_step(self, step: int, loss: float, records: Sequence["VolumeRecord"]) -> None:
+        """Note a step that was not taken and which studies were in it.
+
+        Raises:
+            Diverged: After ``max_skipped`` in a row; the last checkpoint is from before them.
+        """
+        self.in_a_row += 1
+        self.total += 1
+        parts = distributed.gather_objects([record.study_id for record in records])
+        studies = [study for part in parts for study in part]
+        if distributed.is_main():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "loss": loss, "studies": studies}) + "\n")
+            logger.warning(
+                "step %d skipped: loss %g or its gradient is not usable (%d in a row, %d in all); "
+                "its studies are listed in %s",
+                step,
+                loss,
+                self.in_a_row,
+                self.total,
+                self._path,
+            )
+        if self.in_a_row >= self._config.max_skipped:
+            raise Diverged(
+                f"{self.in_a_row} steps in a row had no usable gradient (the last at step {step}); "
+                f"the newest checkpoint is from before them. Look at {self._path} for a study that "
+                f"repeats, or lower optim.lr, then start the same command again"
+            )

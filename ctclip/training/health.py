@@ -1,0 +1,33 @@
+"""Is the joint space in use, or has it collapsed? Numbers that no loss curve shows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def embedding_health(image: Tensor, text: Tensor) -> dict[str, float]:
+    """Describe paired embeddings.
+
+    Args:
+        image: ``(B, E)``, any length.
+        text: ``(B, E)``, the paired texts.
+
+    Returns:
+        ``effective_dim``: participation ratio of the volumes' covariance, between 1 (a line) and
+        ``min(B - 1, E)``; ``alignment``: mean squared distance of a pair; ``uniformity``: log mean
+        Gaussian potential between volumes (Wang & Isola 2020), lower is more spread out.
+    """
+    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    centred = image - image.mean(dim=0)
+    # The Gram matrix has the covariance's non-zero eigenvalues and is the smaller one for small B.
+    gram = centred @ centred.T
+    total = gram.diagonal().sum()
+    distance = torch.pdist(image).square()
+    return {
+        "effective_dim": float(total.square() / gram.square().sum().clamp(min=1e-12)),
+        "alignment": float((image - text).square().sum(dim=-1).mean()),
+        "uniformity": float(torch.log(torch.exp(-2.0 * distance).mean()))
+        if len(image) > 1
+        else 0.0,
+    }

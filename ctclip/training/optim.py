@@ -1,0 +1,329 @@
+"""Parameter groups, learning-rate schedule, and the DeepSpeed engine around them."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ctclip.models.ctclip import CTCLIP
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights move."""
+
+    lr: float = 5e-4
+    """Peak learning rate of the volume tower and the projections."""
+
+    text_lr_scale: float = 0.1
+    """Learning rate of the text tower relative to ``lr``. Text is conditioned before the volumes
+    are seen; letting it drift at full speed moves the target that the volume tower aims at."""
+
+    weight_decay: float = 0.05
+    """Decoupled; never applied to biases, norms, embeddings of one row and the temperature."""
+
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+
+    warmup_steps: int = 50
+    """Linear from 0 to ``lr``."""
+
+    final_lr_share: float = 0.01
+    """The cosine ends at this share of ``lr``."""
+
+    grad_clip: float = 1.0
+    """Largest norm of the gradient over all parameters; 0 switches clipping off."""
+
+    layer_decay: float = 1.0
+    """Each layer further from a tower's output learns this factor slower; 1 is the same for all."""
+
+    ema_decay: float | None = None
+    """Also average the weights over steps, and evaluate and save the average; None doesn't."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.text_lr_scale < 0:
+            raise ValueError(f"lr must be positive, got {self.lr}, scale {self.text_lr_scale}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the towers are computed and sharded."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast over fp32 weights, the same at every ZeRO stage. fp16 isn't offered: its
+    range is too small for a temperature of 100."""
+
+    deepspeed: str | None = None
+    """JSON with ``zero_optimization`` (stage, offload), for example configs/deepspeed/zero2.json.
+    None is plain data parallelism."""
+
+    activation_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the volume tower. Pays on a GPU; on a CPU it costs a minute and gains 5 %."""
+
+
+OURS = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup_steps",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+}
+"""DeepSpeed keys that have their one home in our config, and where."""
+
+
+def deepspeed_config(
+    engine: EngineConfig, optim: OptimConfig, *, rows_per_rank: int, world_size: int
+) -> dict[str, Any]:
+    """Build the dict that ``deepspeed.initialize`` gets.
+
+    DeepSpeed's own accumulation stays at 1: GradCache decides where a step ends.
+
+    Raises:
+        ValueError: If the JSON sets what our config sets, or asks for a combination of ZeRO stage
+            and precision or offload that silently trains something else.
+        FileNotFoundError: If the JSON doesn't exist.
+    """
+    extra = _read_json(engine.deepspeed) if engine.deepspeed else {}
+    for key in extra:
+        if key in OURS:
+            raise ValueError(
+                f"{engine.deepspeed}: {key!r} is set by {OURS[key]} of the pretrain config; "
+                f"remove it here, one setting has one home"
+            )
+    zero = extra.setdefault("zero_optimization", {"stage": 0})
+    _refuse(zero, engine, str(engine.deepspeed))
+    return {
+        **extra,
+        "train_batch_size": rows_per_rank * world_size,
+        "train_micro_batch_size_per_gpu": rows_per_rank,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def param_groups(model: "CTCLIP", config: OptimConfig) -> list[dict[str, Any]]:
+    """Group trained parameters by tower, layer and whether weight decay applies.
+
+    Returns:
+        Groups in the model's own order with ``params``, ``weight_decay``, ``lr`` and ``lr_scale``
+        (what ``lr_at`` is multiplied by). The order never depends on a hash, so that an
+        optimizer's state finds its parameters again.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    depth = _num_layers(name for name, _ in model.named_parameters())
+    never_decays = model.no_weight_decay()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower = name.split(".")[0] if name.startswith(("visual.", "text.")) else ""
+        scale = config.text_lr_scale if tower == "text" else 1.0
+        if tower and config.layer_decay < 1.0:
+            scale *= config.layer_decay ** (depth[tower] - _layer_of(name, depth[tower]))
+        decays = parameter.ndim >= 2 and name not in never_decays
+        group = groups.setdefault(
+            (scale, decays),
+            {
+                "params": [],
+                "lr_scale": scale,
+                "lr": config.lr * scale,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def lr_at(step: int, *, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of step ``step`` (0-based): linear warm-up, then half a cosine.
+
+    A function of the step alone, so that resuming needs no scheduler state.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(total_steps - config.warmup_steps, 1)
+    done = min((step - config.warmup_steps) / span, 1.0)
+    floor = config.final_lr_share
+    return config.lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """Give every group its share of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def start_processes() -> None:
+    """Join the job's other processes, or be the only one.
+
+    Works under the ``deepspeed`` launcher, torchrun, SLURM wrappers that set ``RANK``, and plain
+    ``python``. Nothing is compiled: DeepSpeed would otherwise build a shared-memory op on first
+    use, which wants a C++ compiler and a minute.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def start_engine(
+    model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any]
+) -> Any:
+    """Wrap a model in a DeepSpeed engine with ``torch.optim.AdamW``, which compiles nothing."""
+    import deepspeed
+
+    for parameter in model.parameters():
+        # DeepSpeed broadcasts weights as bytes, which asks for one plain layout in memory.
+        parameter.data = parameter.data.contiguous()
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def take_step(engine: Any) -> float | None:
+    """Clip the accumulated gradient and move the weights.
+
+    Returns:
+        The gradient's norm before clipping, or None when it wasn't finite and nothing moved.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return None if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    # DeepSpeed keeps no norm at stage 0 and would take a step on NaN.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        return None
+    engine.step()
+    return norm
+
+
+class WeightAverage:
+    """Exponential moving average of the trained weights (Polyak & Juditsky 1992).
+
+    Args:
+        model: Whose weights are averaged, starting from what they are now.
+        decay: Per step; None keeps no average and costs nothing.
+    """
+
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+        if decay is not None:
+            self.weights = {
+                name: parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the current weights."""
+        if self.decay is None:
+            return
+        current = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            average.lerp_(current[name], 1.0 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block the model holds the averaged weights."""
+        current = dict(model.named_parameters())
+        kept = {name: current[name].detach().clone() for name in self.weights}
+        with torch.no_grad():
+            for name, average in self.weights.items():
+                current[name].copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in kept.items():
+                    current[name].copy_(weight)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"engine.deepspeed: {path} does not exist; see configs/deepspeed/"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object of DeepSpeed settings")
+    return content
+
+
+def _refuse(zero: Mapping[str, Any], engine: EngineConfig, source: str) -> None:
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{source}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    offload = any("offload" in key and zero[key] for key in zero)
+    if offload and stage == 0:
+        raise ValueError(f"{source}: ZeRO 0 has nothing to offload; set stage 1 or higher")
+    if stage == 3 and engine.compile:
+        raise ValueError(
+            f"{source}: ZeRO 3 x torch.compile is refused: weights that come and go inside the "
+            f"graph recompile it at every step; use ZeRO 2 or engine.compile=false"
+        )
+
+
+def _num_layers(names: Iterable[str]) -> dict[str, int]:
+    """For each tower, the index after its last numbered layer."""
+    deepest = {"visual": 0, "text": 0}
+    for name in names:
+        tower = name.split(".")[0]
+        if tower in deepest:
+            deepest[tower] = max(deepest[tower], _number_in(name) + 2)
+    return deepest
+
+
+def _layer_of(name: str, depth: int) -> int:
+    """0 for what comes before the first layer, ``depth`` for what follows the last."""
+    number = _number_in(name)
+    if number >= 0:
+        return number + 1
+    return 0 if any(word in name for word in ("embed", "stem", "patch")) else depth
+
+
+def _number_in(name: str) -> int:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else -1
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

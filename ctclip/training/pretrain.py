@@ -1,0 +1,528 @@
+"""The pretraining loop: prepared cohort in, checkpoints out.
+
+Read :func:`run` from top to bottom. Every random choice is a function of (seed, step, study), so a
+run gives the same numbers on one process or eight, in one piece or after ten kills.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ctclip import checkpoint as model_file
+from ctclip import config as configuration
+from ctclip import distributed, losses
+from ctclip.data.augment import AugmentConfig
+from ctclip.data.cache import PreparedCohort
+from ctclip.data.dataset import Batch, CohortDataset
+from ctclip.data.manifest import VolumeRecord
+from ctclip.data.volume import VolumeConfig
+from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
+from ctclip.models.text import Tokenizer, build_tokenizer, freeze
+from ctclip.training import health, optim, resume
+from ctclip.training.batches import StepBuilder
+from ctclip.training.grad_cache import Features, accumulate
+from ctclip.training.guard import Guard, GuardConfig
+from ctclip.training.monitor import Monitor, MonitorConfig
+from ctclip.training.objective import LossConfig, Objective
+from ctclip.training.optim import EngineConfig, OptimConfig
+from ctclip.training.stream import StreamDataset, StudyStream, rows_per_rank, stream_loader
+from ctclip.training.text_views import SentenceBank, TextViewConfig, read_study
+from ctclip.training.text_warmup import TextWarmupConfig, prompt_spread, warm_up
+from ctclip.training.towers import Towers
+
+logger = logging.getLogger(__name__)
+
+ENGINE_TAG = "engine"
+"""Folder of DeepSpeed's own files inside a checkpoint."""
+
+EMA_FILE = "ema.safetensors"
+
+BYTES_PER_WEIGHT = 4 * (1 + 3 + 2)
+"""Of one checkpoint: the model file; weights and two moments; room for the average and slack."""
+
+HARMLESS = ("out", "micro_batch_size", "workers", "engine", "guard", "checkpoint", "monitor")
+"""What may change when a run goes on: it doesn't move the numbers beyond rounding."""
+
+Evaluator = Callable[[CTCLIP, Tokenizer], dict[str, float]]
+"""Measures a model during training, e.g. zero-shot AUROC; called on rank 0 in eval mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and when to stop."""
+
+    every: int = 200
+    """Steps between checkpoints; the last step always saves one."""
+
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+
+    best_metric: str = "zero_shot/macro"
+    """Which of the evaluators' numbers picks ``best.safetensors`` (higher is better)."""
+
+    patience: int = 0
+    """Stop after this many evaluations without a better one; 0 never stops early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides a pretraining run."""
+
+    cohort: str
+    """Prepared cohort: the folder named by its fingerprint that ``ctclip-prepare`` made."""
+
+    out: str
+    """Run folder: config, metrics, checkpoints, model."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    """Studies per step over all processes; each has ``batch_size - 1`` negatives."""
+
+    micro_batch_size: int | None = None
+    """Volumes that pass through the tower at once on one process; smaller fits smaller cards and
+    changes nothing else (GradCache). None is the process's whole share."""
+
+    seed: int = 0
+    workers: int = 2
+    """Processes that read volumes, per training process."""
+
+    windows_hu: tuple[tuple[float, float], ...] | None = None
+    """HU windows, one input channel each; None takes the cohort's."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig | None = None
+    text: TextViewConfig = field(default_factory=TextViewConfig)
+    text_warmup: TextWarmupConfig = field(default_factory=TextWarmupConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 (a negative), got {self.batch_size}")
+
+
+def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
+    """Pretrain the two towers; start the same command again to go on after an interruption.
+
+    Args:
+        config: The run.
+        evaluators: Each measures the model every ``checkpoint.evaluate_every`` steps on rank 0.
+
+    Returns:
+        The model file, ``OUT/model.safetensors``.
+
+    Raises:
+        ValueError: If the config can't work, or the run folder holds another run.
+        Diverged: If the loss stays unusable.
+        OSError: If the run folder can't be written to.
+    """
+    optim.start_processes()
+    job = _Job.prepare(config)
+    with (
+        Guard(config.guard, job.out, job.progress.skipped) as guard,
+        Monitor(
+            job.out,
+            config.monitor,
+            configuration.to_dict(config),
+            start_step=job.progress.step,
+            total_steps=config.steps,
+        ) as monitor,
+    ):
+        for batch, waited_s in job.batches():
+            step = job.progress.step
+            optim.set_lr(job.engine.optimizer, _lr(config, step))
+            micro_batches, targets = job.builder(batch, step)
+            done = accumulate(
+                job.engine,
+                micro_batches,
+                forward=job.engine,
+                objective=functools.partial(job.objective, targets=targets),
+                is_usable=guard.is_usable,
+            )
+            grad_norm = optim.take_step(job.engine) if done.usable else None
+            if grad_norm is None:
+                guard.skipped_step(step, float(done.loss), batch.records)
+            else:
+                guard.took_step()
+                job.ema.update(job.model)
+            job.progress.step = step = step + 1
+            job.progress.skipped = (guard.in_a_row, guard.total)
+
+            numbers = _global_mean({"loss": done.loss.item(), **done.scalars})
+            numbers |= {
+                "scale": float(done.features["logit_scale"]),
+                "lr": _lr(config, step - 1),
+                "grad_norm": math.nan if grad_norm is None else grad_norm,
+                "negatives_per_step": config.batch_size - 1,
+                "skipped_steps": guard.total,
+            }
+            monitor.step(step, volumes=config.batch_size, waited_s=waited_s, numbers=numbers)
+
+            last = step == config.steps or guard.should_stop
+            if last or _every(step, config.checkpoint.evaluate_every):
+                monitor.write(step, job.evaluate(evaluators, done.features))
+            last = last or job.progress.is_stale(config.checkpoint)
+            if last or _every(step, config.checkpoint.every):
+                job.save()
+            if last:
+                if guard.should_stop:
+                    logger.warning("asked to terminate: step %d is saved, stopping", step)
+                break
+    distributed.barrier()
+    return job.out / "model.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run is; stored in every checkpoint."""
+
+    step: int = 0
+    skipped: tuple[int, int] = (0, 0)
+    best: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+    def is_stale(self, config: CheckpointConfig) -> bool:
+        """Whether early stopping says it is time."""
+        return 0 < config.patience <= self.evaluations_since_best
+
+
+@dataclass
+class _Job:
+    """The things a run is made of, all built from its config."""
+
+    config: PretrainConfig
+    out: Path
+    cohort: PreparedCohort
+    model: CTCLIP
+    tokenizer: Tokenizer
+    engine: Any
+    builder: StepBuilder
+    objective: Objective
+    ema: optim.WeightAverage
+    progress: Progress
+    device: torch.device
+    warmup: dict[str, float]
+
+    @classmethod
+    def prepare(cls, config: PretrainConfig) -> "_Job":
+        """Build model, data and engine, and go on from the newest intact checkpoint."""
+        out = Path(config.out)
+        _claim(out, config)
+        device = _device()
+        cohort = PreparedCohort.open(Path(config.cohort))
+        records = _with_reports(cohort.split("train"), config)
+        studies = [read_study(record) for record in records]
+        bank = SentenceBank(studies)
+
+        torch.manual_seed(config.seed)
+        tokenizer = build_tokenizer(config.model.text)
+        model = build_model(_model_config(config, cohort)).to(device)
+        checkpoint = resume.newest_intact(out / "checkpoints")
+        warmup = {}
+        if checkpoint is None:
+            warmup = warm_up(
+                model,
+                tokenizer,
+                studies,
+                bank,
+                config.text_warmup,
+                config.text,
+                seed=config.seed,
+                device=device,
+            )
+        if config.optim.text_lr_scale == 0.0:
+            freeze(model.text)
+        if config.engine.activation_checkpointing:
+            model.set_grad_checkpointing()
+        if config.engine.compile:
+            model.visual.compile()
+
+        rows = rows_per_rank(config.batch_size)
+        engine = optim.start_engine(
+            Towers(model, config.engine.precision),
+            optim.param_groups(model, config.optim),
+            config.optim,
+            optim.deepspeed_config(
+                config.engine, config.optim, rows_per_rank=rows, world_size=distributed.world_size()
+            ),
+        )
+        job = cls(
+            config=config,
+            out=out,
+            cohort=cohort,
+            model=model,
+            tokenizer=tokenizer,
+            engine=engine,
+            builder=StepBuilder(
+                tokenizer,
+                bank,
+                config.text,
+                config.loss,
+                micro_batch_size=config.micro_batch_size or rows,
+                seed=config.seed,
+                device=device,
+            ),
+            objective=Objective(
+                config.loss, torch.as_tensor(bank.rate, dtype=torch.float32, device=device)
+            ),
+            ema=optim.WeightAverage(model, config.optim.ema_decay),
+            progress=Progress(),
+            device=device,
+            warmup=warmup,
+        )
+        if checkpoint is not None:
+            job.restore(checkpoint)
+        engine.train()
+        return job
+
+    def batches(self) -> Iterator[tuple[Batch, float]]:
+        """This rank's part of every step still to do, and how long it was waited for."""
+        config = self.config
+        records = _with_reports(self.cohort.split("train"), config)
+        dataset = CohortDataset(
+            self.cohort, records, config.augment, config.windows_hu, seed=config.seed
+        )
+        stream = StudyStream(
+            records,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=self.progress.step,
+            stop=config.steps,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        batches = iter(
+            stream_loader(
+                StreamDataset(dataset, self.out),
+                stream,
+                workers=config.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+        while True:
+            since = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch, time.perf_counter() - since
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        self.engine.load_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+        state = resume.read_state(checkpoint)
+        self.progress = Progress(**state["progress"])
+        self.warmup = state["warmup"]
+        if self.ema.decay is not None:
+            self.ema.weights = load_file(checkpoint / EMA_FILE, device=str(self.device))
+        logger.info("going on from step %d (%s)", self.progress.step, checkpoint)
+
+    def save(self) -> None:
+        """Write a checkpoint, and make its model the run's ``model.safetensors``."""
+        weights = sum(p.numel() for p in self.model.parameters())
+        resume.require_space(self.out, weights * BYTES_PER_WEIGHT)
+        folder = resume.save(
+            self.out / "checkpoints",
+            self.progress.step,
+            self._write_checkpoint,
+            {"progress": dataclasses.asdict(self.progress), "warmup": self.warmup},
+            keep=self.config.checkpoint.keep,
+        )
+        if distributed.is_main():
+            _link(folder / "model.safetensors", self.out / "model.safetensors")
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        if distributed.is_main():
+            self.save_model(folder / "model.safetensors")
+            if self.ema.decay is not None:
+                save_file(self.ema.weights, folder / EMA_FILE)
+
+    def save_model(self, path: Path) -> None:
+        """Write the model that evaluation reads (the average, where one is kept)."""
+        with self.ema.applied(self.model):
+            model_file.save(
+                path,
+                self.model,
+                self.tokenizer,
+                _model_config(self.config, self.cohort),
+                _volume_config(self.config, self.cohort),
+                {
+                    "step": self.progress.step,
+                    "git_commit": _git_commit(),
+                    "cohort": self.cohort.fingerprint,
+                    "label_informed": self.config.loss.label_informed,
+                    "config": configuration.to_dict(self.config),
+                    "text_warmup": self.warmup,
+                },
+            )
+
+    def evaluate(self, evaluators: Sequence[Evaluator], features: Features) -> dict[str, float]:
+        """Measure the model on rank 0, tell every rank, and keep the best one."""
+        paired = features.get("report", features.get("sentence"))
+        metrics: dict[str, float] = {}
+        if paired is not None:
+            image = distributed.gather(features["image_report"].detach())
+            measured = health.embedding_health(image, distributed.gather(paired.detach()))
+            metrics = {f"health/{name}": value for name, value in measured.items()}
+        if distributed.is_main():
+            with self.ema.applied(self.model):
+                self.model.eval()
+                metrics["health/prompt_direction_spread"] = prompt_spread(
+                    self.model, self.tokenizer, self.device
+                )
+                for evaluator in evaluators:
+                    metrics.update(evaluator(self.model, self.tokenizer))
+                self.model.train()
+        metrics = distributed.gather_objects(metrics)[0]
+        self._note_best(metrics)
+        return metrics
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        value = metrics.get(self.config.checkpoint.best_metric)
+        if value is None:
+            return
+        progress = self.progress
+        if progress.best is not None and not value > progress.best:
+            progress.evaluations_since_best += 1
+            return
+        progress.best, progress.best_step = value, progress.step
+        progress.evaluations_since_best = 0
+        if distributed.is_main():
+            with resume.explained_disk_errors(self.out):
+                self.save_model(self.out / "best.safetensors")
+
+
+def _claim(out: Path, config: PretrainConfig) -> None:
+    """Make the run folder this run's own, before anything is computed."""
+    refusal: str | None = None
+    if distributed.is_main():
+        with resume.explained_disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            resolved = out / "config.yaml"
+            if resolved.exists():
+                refusal = _difference(resolved, config)
+            if refusal is None:
+                temporary = out / ".config.yaml.tmp"
+                configuration.save(config, temporary)
+                os.replace(temporary, resolved)
+    refusal = distributed.gather_objects(refusal)[0]
+    if refusal:
+        raise ValueError(
+            f"{out} holds a run with another config ({refusal}); choose another folder with "
+            f"out=FOLDER, or delete this one to start afresh"
+        )
+
+
+def _difference(resolved: Path, config: PretrainConfig) -> str | None:
+    before = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+    now = configuration.to_dict(config)
+    keys = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
+    return "; ".join(f"{key}: {before.get(key)} there, {now[key]} here" for key in keys) or None
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", distributed.local_rank())
+    return torch.device("cpu")
+
+
+def _with_reports(records: list[VolumeRecord], config: PretrainConfig) -> list[VolumeRecord]:
+    usable = [record for record in records if record.findings or record.impression]
+    if len(usable) < len(records):
+        logger.warning(
+            "%d of %d training volumes have no report and are left out",
+            len(records) - len(usable),
+            len(records),
+        )
+    studies = len({record.study_id for record in usable})
+    if studies < config.batch_size:
+        raise ValueError(
+            f"{config.cohort} has {studies} training studies with a report, fewer than batch_size "
+            f"{config.batch_size}; lower batch_size or prepare more"
+        )
+    return usable
+
+
+def _volume_config(config: PretrainConfig, cohort: PreparedCohort) -> VolumeConfig:
+    if config.windows_hu is None:
+        return cohort.volume_config
+    return dataclasses.replace(cohort.volume_config, windows_hu=config.windows_hu)
+
+
+def _model_config(config: PretrainConfig, cohort: PreparedCohort) -> ModelConfig:
+    """The model's config with what follows from the rest of the run: channels, sigmoid bias."""
+    channels = _volume_config(config, cohort).channels
+    model = config.model
+    if model.vision.channels not in (1, channels):
+        raise ValueError(
+            f"model.vision.channels is {model.vision.channels}, but there are {channels} HU windows"
+        )
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, channels=channels))
+    if config.loss.contrastive == "siglip" and model.logit_bias_init is None:
+        model = dataclasses.replace(model, logit_bias_init=losses.siglip_bias(config.batch_size))
+    return model
+
+
+def _lr(config: PretrainConfig, step: int) -> float:
+    return optim.lr_at(step, total_steps=config.steps, config=config.optim)
+
+
+def _every(step: int, period: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _global_mean(numbers: dict[str, float]) -> dict[str, float]:
+    """Average this rank's shares over ranks: the numbers of the global batch."""
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    world = distributed.world_size()
+    if world > 1:
+        values = torch.stack([torch.tensor(v) for v in distributed.gather_objects(values.tolist())])
+        values = values.mean(dim=0)
+    return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, at once."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that this runs from, if it is one."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,188 @@
+"""A study's report becomes the texts that one training step needs.
+
+Zero-shot asks with one short sentence; reports are paragraphs. A model that only ever saw
+paragraphs is asked something it never learned, so each study also gives one sentence (HLIP, 2025),
+and each finding gives a pair of opposite sentences (Mishra et al. 2023; COLIPRI, 2026). Which
+sentence states or negates which finding is read from the reports themselves: no label table.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.random import Generator
+
+from ctclip.data.manifest import VolumeRecord
+from ctclip.data.mentions import labels_from_text, mentions
+from ctclip.data.report import clean, report_text, split_sentences
+from ctclip.findings import FINDINGS
+
+TEMPLATES: tuple[tuple[str, str], ...] = (
+    ("{} is present.", "{} is not present."),
+    ("There is {}.", "There is no {}."),
+    ("{}.", "No {}."),
+    ("{} is seen.", "{} is not seen."),
+    ("Findings of {}.", "No evidence of {}."),
+    ("{} was observed.", "{} was not observed."),
+)
+"""Ways to state a finding, and to negate it in the same words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextViewConfig:
+    """What the text tower reads."""
+
+    sections: Literal["both", "findings", "impression"] = "both"
+
+    shuffle_sentences: bool = True
+    """Sentence order carries the hospital's template and nothing about the patient."""
+
+    drop_section: float = 0.0
+    """How often one of the two sections is left out, as hospitals do that only write one."""
+
+    template_share: float = 0.5
+    """How often an opposite-sentence pair is a template rather than sentences from reports."""
+
+
+@dataclass(frozen=True)
+class StudyText:
+    """A report, read once."""
+
+    findings: str | None
+    impression: str | None
+    sentences: tuple[str, ...]
+    polarity: tuple[float, ...]
+    """Per finding: 1 stated, 0 negated, nan not mentioned."""
+    normal: bool
+    """The report mentions findings and states none."""
+
+
+def read_study(record: VolumeRecord) -> StudyText:
+    """Split a record's report into sentences and find which findings it states or negates.
+
+    A finding that is both stated and negated (a small effusion left, none on the right) counts as
+    stated.
+    """
+    return _read(record.findings, record.impression)
+
+
+@functools.lru_cache(maxsize=200_000)
+def _read(findings: str | None, impression: str | None) -> StudyText:
+    findings, impression = clean(findings), clean(impression)
+    text = report_text(findings, impression)
+    mentioned = labels_from_text(text)
+    values = tuple(mentioned.get(finding, float("nan")) for finding in FINDINGS)
+    return StudyText(
+        findings=findings,
+        impression=impression,
+        sentences=tuple(split_sentences(text)),
+        polarity=values,
+        normal=0.0 in values and 1.0 not in values,
+    )
+
+
+def report_view(study: StudyText, config: TextViewConfig, rng: Generator) -> str:
+    """The whole report as one text, varied as configured."""
+    findings, impression = study.findings, study.impression
+    if findings and impression and rng.random() < config.drop_section:
+        findings, impression = (findings, None) if rng.random() < 0.5 else (None, impression)
+    text = report_text(findings, impression, sections=config.sections)
+    if not text:  # the section asked for is missing: better the other one than nothing
+        text = report_text(findings, impression)
+    if not config.shuffle_sentences:
+        return text
+    sentences = split_sentences(text)
+    return " ".join(sentences[index] for index in rng.permutation(len(sentences)))
+
+
+def sentence_view(study: StudyText, rng: Generator) -> str:
+    """One sentence of the report, each with the same chance."""
+    if not study.sentences:
+        return ""
+    return study.sentences[int(rng.integers(len(study.sentences)))]
+
+
+def text_id(text: str) -> int:
+    """A non-negative 63-bit identity of a text: equal texts are not each other's negatives."""
+    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class SentenceBank:
+    """Sentences that state or negate each finding, collected from the training reports.
+
+    Only sentences about a single finding are kept: "no effusion or consolidation" says nothing
+    that belongs to one of the two.
+
+    Args:
+        studies: Training reports.
+        most: Sentences kept per finding and polarity.
+    """
+
+    def __init__(self, studies: Iterable[StudyText], most: int = 200) -> None:
+        kept: dict[tuple[str, bool], dict[str, None]] = {}
+        stated = np.zeros(len(FINDINGS))
+        known = np.zeros(len(FINDINGS))
+        for study in studies:
+            polarity = np.asarray(study.polarity)
+            known += ~np.isnan(polarity)
+            stated += np.nan_to_num(polarity)
+            for sentence in study.sentences:
+                found = mentions(sentence)
+                if len({mention.finding for mention in found}) == 1:
+                    bucket = kept.setdefault((found[0].finding, found[0].present), {})
+                    if len(bucket) < most:
+                        bucket.setdefault(sentence)
+        self._sentences = {key: list(bucket) for key, bucket in kept.items()}
+        self.rate = np.where(known > 0, (stated + 0.5) / (known + 1.0), 0.5)
+        """``(F,)`` how often a mentioned finding is stated, shrunk towards one half."""
+
+    def num_sentences(self, finding: str, present: bool) -> int:
+        """How many different sentences state (or negate) a finding."""
+        return len(self._sentences.get((finding, present), ()))
+
+    def pairs(self, rng: Generator, template_share: float) -> tuple[list[str], list[str]]:
+        """Draw one (present, absent) pair of texts per finding.
+
+        Args:
+            rng: The same on every rank, so that all ranks ask the same question.
+            template_share: How often a template is taken although sentences are there.
+
+        Returns:
+            Two lists of ``F`` texts in the order of :data:`ctclip.findings.FINDINGS`.
+        """
+        present, absent = [], []
+        for finding in FINDINGS:
+            positive, negative = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+            use_template = rng.random() < template_share
+            pick = rng.random(2)
+            texts = []
+            for template, is_present, share in ((positive, True, 0), (negative, False, 1)):
+                sentences = self._sentences.get((finding, is_present), [])
+                if use_template or not sentences:
+                    texts.append(fill(template, finding))
+                else:
+                    texts.append(sentences[int(pick[share] * len(sentences))])
+            present.append(texts[0])
+            absent.append(texts[1])
+        return present, absent
+
+
+def prompts(template: tuple[str, str] = TEMPLATES[0]) -> tuple[list[str], list[str]]:
+    """The (present, absent) sentences of every finding in one template."""
+    positive, negative = template
+    return [fill(positive, name) for name in FINDINGS], [fill(negative, name) for name in FINDINGS]
+
+
+def fill(template: str, finding: str) -> str:
+    """Put a finding's name into a template, with a capital only where a sentence starts."""
+    name = finding if template.startswith("{}") else finding.lower()
+    return template.format(name)
+
+
+def polarity_table(studies: Sequence[StudyText]) -> np.ndarray:
+    """``(b, F)`` float32: 1 stated, 0 negated, nan not mentioned."""
+    return np.asarray([study.polarity for study in studies], dtype=np.float32)
