@@ -1,7 +1,7 @@
 """One file that rebuilds its model: weights, config, tokenizer, preprocessing, provenance.
 
 A ``.safetensors`` file whose header holds the rest as JSON. Nothing in it can run code, and a model
-is rebuilt from it without a network.
+is rebuilt from it without a network. CT-CLIP's own ``.pt`` files load as the same type.
 """
 
 import hashlib
@@ -15,16 +15,26 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import ctclip
 from ctclip import config
 from ctclip.data.volume import VolumeConfig
+from ctclip.models import convert
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
-from ctclip.models.text import Tokenizer, merged_state_dict
+from ctclip.models.ctvit import CTViTConfig
+from ctclip.models.head import LinearHead
+from ctclip.models.text import CXR_BERT, Tokenizer, merged_state_dict
 
 FORMAT = 1
 """Version of the header; raised when an older reader could misread a newer file."""
+
+
+HEAD = "head."
+"""Prefix of a classifier's weights."""
+
+CT_CLIP_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""Kinds of file that CT-CLIP's weights come in; ours is none of them."""
 
 
 class CheckpointError(ValueError):
@@ -45,6 +55,8 @@ class Checkpoint:
     """Where it comes from: step, git commit, cohort fingerprint, config of the run."""
     sha256: str
     """Of the file."""
+    head: LinearHead | None = None
+    """A classifier that was trained on the model's embeddings, if there is one."""
 
     def require_volumes(self, volume_config: VolumeConfig, where: str = "the cohort") -> None:
         """Refuse volumes that were prepared in another way than the model's.
@@ -72,6 +84,7 @@ def save(
     model_config: ModelConfig,
     volume_config: VolumeConfig,
     provenance: dict[str, Any],
+    head: LinearHead | None = None,
 ) -> None:
     """Write a checkpoint, all or nothing.
 
@@ -84,8 +97,17 @@ def save(
         model_config: What ``model`` was built from.
         volume_config: Preprocessing of the training volumes.
         provenance: JSON-able facts about the run.
+        head: A classifier on the model's embeddings.
+
+    Raises:
+        ValueError: If preprocessing and model don't fit each other.
     """
     path = Path(path)
+    if volume_config.channels != model_config.channels:
+        raise ValueError(
+            f"the volumes have {volume_config.channels} HU windows, the model takes "
+            f"{model_config.channels}; set vision.channels to the number of windows_hu"
+        )
     header = {
         "format": FORMAT,
         "ctclip": ctclip.__version__,
@@ -96,7 +118,11 @@ def save(
         "context_length": tokenizer.context_length,
         "tokenizer": tokenizer.to_json(),
     }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in merged_state_dict(model).items()}
+    state = merged_state_dict(model)
+    if head is not None:
+        header["head"] = {"findings": list(head.findings), "relu": head.relu}
+        state |= {f"{HEAD}{name}": value for name, value in head.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -111,12 +137,16 @@ def save(
         raise
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", *, tokenizer: str | None = None
+) -> Checkpoint:
     """Read a checkpoint and rebuild its model.
 
     Args:
-        path: A file that :func:`save` wrote.
+        path: A file that :func:`save` wrote, or one of CT-CLIP's (``CT-CLIP_v2.pt`` and so on).
         device: Where the model goes.
+        tokenizer: Hugging Face name or directory of the tokenizer that belongs to a CT-CLIP file,
+            which doesn't hold it; CXR-BERT's by default. Our own checkpoints carry theirs.
 
     Returns:
         The model in eval mode with its tokenizer, configs and provenance.
@@ -128,6 +158,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train one with ctclip-pretrain")
+    if path.suffix in CT_CLIP_SUFFIXES:
+        return _load_ct_clip(path, device, tokenizer or CXR_BERT)
     header = read_header(path)
     source = f"checkpoint {path}"
     try:
@@ -138,8 +170,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
             f"{error}; it was written by ctclip {header['ctclip']}, this is {ctclip.__version__}"
         ) from None
     model = build_model(model_config, hf_config=header["text_hf_config"])
-    fill(model, load_file(path), source)
+    tensors = load_file(path)
+    head = None
+    if "head" in header:
+        findings = header["head"]["findings"]
+        head = LinearHead(model_config.embed_dim, findings, header["head"]["relu"])
+        names = [name for name in tensors if name.startswith(HEAD)]
+        fill(head, {name.removeprefix(HEAD): tensors.pop(name) for name in names}, source)
+        head = head.to(device).eval()
+    fill(model, tensors, source)
     return Checkpoint(
+        head=head,
         model=model.to(device).eval(),
         tokenizer=Tokenizer(header["tokenizer"], header["context_length"]),
         model_config=model_config,
@@ -147,6 +188,83 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
         provenance=header["provenance"],
         sha256=sha256_of(path),
     )
+
+
+def convert_ct_clip(
+    source: str | Path, out: str | Path, *, tokenizer: str | None = None
+) -> convert.Conversion:
+    """Turn a CT-CLIP file into a ctclip checkpoint (the command ``ctclip-convert``).
+
+    Args:
+        source: ``CT-CLIP_v2.pt``, ``CT_VocabFine_v2.pt``, ``CT_LiPro_v2.pt`` or a training file.
+        out: The ``.safetensors`` to write.
+        tokenizer: Hugging Face name or directory; CXR-BERT by default.
+
+    Returns:
+        The account of keys; :func:`ctclip.models.convert.report` prints it.
+
+    Raises:
+        FileNotFoundError: If the file or the tokenizer can't be found.
+        ValueError: If the file isn't CT-CLIP's in every key.
+    """
+    conversion = convert.from_ct_clip(source)
+    loaded = _from_conversion(conversion, Path(source), tokenizer or CXR_BERT)
+    save(
+        out,
+        loaded.model,
+        loaded.tokenizer,
+        loaded.model_config,
+        loaded.volume_config,
+        loaded.provenance,
+        loaded.head,
+    )
+    return conversion
+
+
+def _load_ct_clip(path: Path, device: str | torch.device, tokenizer: str) -> Checkpoint:
+    try:
+        conversion = convert.from_ct_clip(path)
+    except convert.ConversionError as error:
+        raise CheckpointError(str(error)) from None
+    loaded = _from_conversion(conversion, path, tokenizer)
+    loaded.model.to(device)
+    if loaded.head is not None:
+        loaded.head.to(device)
+    return loaded
+
+
+def _from_conversion(conversion: convert.Conversion, path: Path, tokenizer: str) -> Checkpoint:
+    model_config = conversion.model_config
+    text = Tokenizer.from_pretrained(tokenizer, model_config.text.context_length)
+    if text.vocab_size > conversion.model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer {tokenizer!r} has {text.vocab_size} words, the text tower of {path} "
+            f"knows {conversion.model.vocab_size}; it belongs to another model"
+        )
+    sha256 = sha256_of(path)
+    assert model_config.ctvit is not None
+    return Checkpoint(
+        model=conversion.model,
+        tokenizer=text,
+        model_config=model_config,
+        volume_config=ct_clip_volumes(model_config.ctvit),
+        provenance={
+            "kind": "ct-clip",
+            "variant": conversion.kind,
+            "source": path.name,
+            "source_sha256": sha256,
+            # VocabFine's files differ from CT-CLIP's by their values alone.
+            "label_informed": conversion.head is not None or "vocab" in path.name.lower(),
+        },
+        sha256=sha256,
+        head=conversion.head,
+    )
+
+
+def ct_clip_volumes(ctvit: CTViTConfig) -> VolumeConfig:
+    """CT-CLIP's preprocessing, in the order of steps of its own evaluation."""
+    depth = ctvit.patch[0] * (240 // 10)
+    return VolumeConfig(size=(depth, *ctvit.image_size), recipe="ct-clip-inference")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -177,7 +295,7 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def fill(model: CTCLIP, tensors: dict[str, Tensor], source: str) -> None:
+def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load weights strictly: every one present, none left over, every shape right.
 
     Raises:

@@ -10,6 +10,7 @@ from ctclip import checkpoint
 from ctclip.checkpoint import CheckpointError
 from ctclip.data.volume import VolumeConfig
 from ctclip.models.ctclip import ModelConfig, build_model
+from ctclip.models.head import LinearHead
 from ctclip.models.text import TextConfig, Tokenizer
 from ctclip.models.vit3d import VisionConfig
 
@@ -135,6 +136,83 @@ def test_volumes_of_other_preprocessing_are_refused(saved):
 
     with pytest.raises(ValueError, match=r"spacing_mm \[6\.0, 4\.0, 4\.0\] in the checkpoint"):
         loaded.require_volumes(dataclasses.replace(VOLUMES, spacing_mm=(2.0, 2.0, 2.0)))
+
+
+def test_a_classifier_travels_with_its_model(model, tmp_path):
+    torch.manual_seed(1)
+    head, path = LinearHead(24, ["Emphysema", "Lung nodule"]), tmp_path / "probed.safetensors"
+    checkpoint.save(path, model, Tokenizer.builtin(64), CONFIG, VOLUMES, {}, head)
+
+    loaded = checkpoint.load(path)
+
+    embeddings = loaded.model.encode_image(IMAGE, normalize=True)
+    assert loaded.head.findings == ("Emphysema", "Lung nodule")
+    assert torch.equal(loaded.head(embeddings), head(embeddings))
+
+
+def test_a_model_for_other_windows_is_not_saved(model, tmp_path):
+    two = dataclasses.replace(VOLUMES, windows_hu=((-1000.0, 1000.0), (-160.0, 240.0)))
+
+    with pytest.raises(ValueError, match="2 HU windows, the model takes 1"):
+        checkpoint.save(tmp_path / "m.safetensors", model, Tokenizer.builtin(64), CONFIG, two, {})
+
+
+@pytest.fixture
+def ct_clip_file(tmp_path):
+    """A little CT-CLIP in the original's layout, and the directory of its tokenizer."""
+    from models_ct_clip import as_original, little_ct_clip
+
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "cxr-bert"}')
+    words = [f"word{i}" for i in range(20)]
+    (tmp_path / "bert" / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    )
+    model = little_ct_clip()
+    torch.save(as_original(model), tmp_path / "CT-CLIP_v2.pt")
+    return tmp_path / "CT-CLIP_v2.pt", str(tmp_path / "bert"), model
+
+
+def test_a_file_of_ct_clip_loads_with_its_own_preprocessing(ct_clip_file):
+    path, tokenizer, original = ct_clip_file
+
+    loaded = checkpoint.load(path, tokenizer=tokenizer)
+
+    image = torch.zeros(1, 1, 20, 8, 8)
+    assert torch.equal(loaded.model.encode_image(image), original.encode_image(image))
+    assert loaded.volume_config.recipe == "ct-clip-inference"
+    assert loaded.volume_config.size == (240, 8, 8)
+    assert loaded.provenance["kind"] == "ct-clip"
+    assert not loaded.provenance["label_informed"]
+    assert loaded.tokenizer(["word3 word5"]).tolist() == [[2, 8, 10, 3]]
+
+
+def test_a_converted_file_is_an_ordinary_checkpoint(ct_clip_file, tmp_path):
+    path, tokenizer, original = ct_clip_file
+
+    account = checkpoint.convert_ct_clip(path, tmp_path / "out.safetensors", tokenizer=tokenizer)
+    loaded = checkpoint.load(tmp_path / "out.safetensors")
+
+    image = torch.zeros(1, 1, 20, 8, 8)
+    assert torch.equal(loaded.model.encode_image(image), original.encode_image(image))
+    assert loaded.provenance["source"] == "CT-CLIP_v2.pt"
+    assert account.ignored
+
+
+def test_a_tokenizer_of_another_model_is_refused(ct_clip_file, tmp_path):
+    path, tokenizer, _ = ct_clip_file
+    vocabulary = tmp_path / "bert" / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text() + "\n".join(["", *map(str, range(99_000))]))
+
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        checkpoint.load(path, tokenizer=tokenizer)
+
+
+def test_something_else_called_pt_is_refused_as_a_checkpoint(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+
+    with pytest.raises(CheckpointError, match="epoch are no tensors"):
+        checkpoint.load(tmp_path / "other.pt")
 
 
 def test_adapters_are_merged_so_that_reading_needs_no_peft(tmp_path):

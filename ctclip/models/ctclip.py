@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.text import TextConfig, build_text_tower, freeze, set_trainable
 from ctclip.models.vit3d import VisionConfig, ViT3D, check_shape
 
@@ -27,6 +28,10 @@ class ModelConfig:
 
     embed_dim: int = 512
     vision: VisionConfig = field(default_factory=VisionConfig)
+
+    ctvit: CTViTConfig | None = None
+    """Set to put CT-CLIP's volume tower in the place of ``vision``."""
+
     text: TextConfig = field(default_factory=TextConfig)
 
     logit_scale_init: float = math.log(1 / 0.07)
@@ -34,6 +39,11 @@ class ModelConfig:
 
     logit_bias_init: float | None = None
     """Set for a sigmoid loss (SigLIP uses -10); None leaves the bias out."""
+
+    @property
+    def channels(self) -> int:
+        """HU windows that the volume tower takes."""
+        return self.ctvit.channels if self.ctvit is not None else self.vision.channels
 
 
 class CTCLIP(nn.Module):
@@ -230,8 +240,13 @@ def build_model(
     Returns:
         A model in training mode, fp32, on the CPU.
     """
+    visual: nn.Module
+    if config.ctvit is not None:
+        visual = CTViT.from_config(config.ctvit, config.embed_dim)
+    else:
+        visual = ViT3D.from_config(config.vision, config.embed_dim)
     return CTCLIP(
-        ViT3D.from_config(config.vision, config.embed_dim),
+        visual,
         build_text_tower(
             config.text, config.embed_dim, hf_config=hf_config, pretrained=pretrained_text
         ),

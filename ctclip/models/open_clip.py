@@ -8,7 +8,7 @@ import json
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import open_clip
 import torch
@@ -20,8 +20,11 @@ from transformers import BertConfig, BertModel
 
 from ctclip import config as config_module
 from ctclip.models.ctclip import ModelConfig
+from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.text import POOLERS, register_cxr_bert, small_bert
 from ctclip.models.vit3d import VisionConfig, ViT3D
+
+Tower = TypeVar("Tower", VisionConfig, CTViTConfig)
 
 CONFIGS = Path(__file__).parent / "configs"
 """Named models, one JSON file each, in the form of :class:`ModelConfig`."""
@@ -66,12 +69,13 @@ def to_open_clip(config: ModelConfig, text_source: str) -> dict[str, Any]:
         config: The model.
         text_source: Hugging Face name or directory of the BERT.
     """
-    if config.vision.readouts != 1:
+    tower: VisionConfig | CTViTConfig = config.ctvit or config.vision
+    if isinstance(tower, VisionConfig) and tower.readouts != 1:
         raise ValueError("open_clip knows one image embedding; set vision.readouts to 1")
     converted: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "vision_cfg": {
-            "timm_model_name": f"ctclip_vit3d.{_tag(config.vision)}",
+            "timm_model_name": _timm_name(tower),
             "timm_pool": "",
             "timm_proj": "",
         },
@@ -108,22 +112,23 @@ def _write_bert(hf_config: dict[str, Any], folder: Path, pooler: bool) -> None:
     save_file(bert.state_dict(), folder / "model.safetensors", {"format": "pt"})
 
 
-def _tag(vision: VisionConfig) -> str:
-    default = asdict(VisionConfig())
-    return ";".join(
+def _timm_name(tower: VisionConfig | CTViTConfig) -> str:
+    default = asdict(type(tower)())
+    tag = ";".join(
         f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for name, value in asdict(vision).items()
+        for name, value in asdict(tower).items()
         if value != default[name]
     )
+    return f"{'ctclip_vit3d' if isinstance(tower, VisionConfig) else 'ctclip_ctvit'}.{tag}"
 
 
-def _parse(tag: str) -> VisionConfig:
+def _parse(schema: type[Tower], tag: str) -> Tower:
     values: dict[str, Any] = {}
     for item in filter(None, tag.split(";")):
         name, _, text = item.partition("=")
         parts = [yaml.safe_load(part) for part in text.split(",")]
         values[name] = parts if len(parts) > 1 else parts[0]
-    return config_module.from_dict(VisionConfig, values, source=f"ctclip_vit3d.{tag}")
+    return config_module.from_dict(schema, values, source=f"model name with settings {tag!r}")
 
 
 @register_model
@@ -131,11 +136,20 @@ def ctclip_vit3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Entry point of timm: ``num_classes`` is the embedding width, the name's tag the settings."""
     if pretrained:
         raise ValueError("there are no pretrained weights of ctclip_vit3d to download")
-    vision = _parse(kwargs.get("pretrained_cfg") or "")
+    vision = _parse(VisionConfig, kwargs.get("pretrained_cfg") or "")
     if kwargs.get("patch_drop_rate") is not None:
         values = {f.name: getattr(vision, f.name) for f in fields(vision)}
         vision = VisionConfig(**values | {"patch_dropout": kwargs["patch_drop_rate"]})
     return ViT3D.from_config(vision, embed_dim=kwargs.get("num_classes") or 512)
+
+
+@register_model
+def ctclip_ctvit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Entry point of timm for CT-CLIP's tower."""
+    if pretrained:
+        raise ValueError("convert CT-CLIP's weights with ctclip-convert; nothing is downloaded")
+    ctvit = _parse(CTViTConfig, kwargs.get("pretrained_cfg") or "")
+    return CTViT.from_config(ctvit, embed_dim=kwargs.get("num_classes") or 512)
 
 
 register_cxr_bert()

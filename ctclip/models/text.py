@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ctclip.models.ctvit import Codebook
+
 if TYPE_CHECKING:
     from open_clip.hf_model import HFTextEncoder
 
@@ -228,14 +230,16 @@ def set_trainable(tower: "HFTextEncoder", config: TextConfig) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Stop a module from learning, and from dropping out what can't learn.
+    """Stop a module from learning, from dropping out what can't learn, and from drifting.
 
-    Dropout in a frozen tower only adds noise to its features; CT-CLIP's "frozen" towers have it.
+    CT-CLIP's "frozen" towers still drop out BERT's features and still move their codebook.
     """
     module.requires_grad_(False)
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+        elif isinstance(part, Codebook):
+            part.decay = 1.0
 
 
 def _with_lora(bert: nn.Module, rank: int) -> nn.Module:

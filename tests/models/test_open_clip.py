@@ -6,6 +6,7 @@ import torch
 
 from ctclip.models import open_clip as adapter
 from ctclip.models.ctclip import ModelConfig, build_model
+from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.text import TextConfig, Tokenizer
 from ctclip.models.vit3d import VisionConfig
 
@@ -56,8 +57,21 @@ def test_open_clips_zero_shot_classifier_runs_on_our_model():
 def test_every_packaged_config_describes_a_model():
     names = {path.stem for path in adapter.CONFIGS.glob("*.json")}
 
-    assert {"ctclip-tiny", "ctclip-small", "ctclip-base", "ctclip-large"} <= names
+    assert {"ctclip-tiny", "ctclip-small", "ctclip-base", "ctclip-large", "ct-clip"} <= names
     assert names <= set(open_clip.list_models())
+
+
+def test_open_clip_builds_ct_clips_tower_too():
+    ctvit = CTViTConfig(image_size=(8, 8), patch=(2, 4, 4), width=24, heads=2, codes=16)
+    text = TextConfig(name_or_path=None, width=32, layers=1, heads=2, context_length=64)
+    config = ModelConfig(embed_dim=12, ctvit=ctvit, text=text)
+    adapter.register("little-ct-clip", config)
+    ours, theirs = build_model(config).eval(), open_clip.create_model("little-ct-clip").eval()
+
+    theirs.load_state_dict(adapter.from_ctclip(ours.state_dict()))
+
+    image = torch.rand(1, 1, 4, 8, 8)
+    assert torch.equal(theirs.encode_image(image), ours.encode_image(image))
 
 
 def test_a_misspelt_setting_in_a_name_is_refused():
