@@ -99,6 +99,7 @@ def opposite_sentence(
     target: Tensor,
     logit_scale: Tensor,
     log_prior_odds: Tensor | None = None,
+    silence: float = 0.0,
 ) -> Tensor:
     """Tell "X is present" from "X is not present" for the findings that a report speaks about.
 
@@ -109,14 +110,15 @@ def opposite_sentence(
         image: ``(b, E)``, L2-normalised.
         present: ``(F, E)``, L2-normalised texts that state each finding.
         absent: ``(F, E)``, L2-normalised texts that negate it.
-        target: ``(b, F)``: 1 stated, 0 negated, nan not mentioned (left out).
+        target: ``(b, F)``: 1 stated, 0 negated, nan not mentioned.
         logit_scale: ``1 / temperature``, already exponentiated.
         log_prior_odds: ``(F,)`` added to the logits, so that the embedding has to carry what a
             scan shows rather than how common a finding is.
+        silence: Weight of "not mentioned" as a negation; 0 leaves it out.
 
     Returns:
-        Scalar float32: binary cross-entropy, averaged over the mentions of all ranks. Zero when
-        nothing is mentioned.
+        Scalar float32: binary cross-entropy, averaged over the (weighted) mentions of all ranks.
+        Zero when there are none.
 
     Raises:
         ValueError: If the shapes of the arguments don't fit each other.
@@ -133,11 +135,12 @@ def opposite_sentence(
     losses = F.binary_cross_entropy_with_logits(
         logits, torch.where(known, target, 0.0).to(logits.dtype), reduction="none"
     )
-    count = known.sum().to(logits.dtype)
+    weight = torch.where(known, 1.0, silence).to(logits.dtype)
+    total_weight = weight.sum()
     world = distributed.world_size()
     if world > 1:
-        dist.all_reduce(count)
-    return world * (losses * known).sum() / count.clamp(min=1.0)
+        dist.all_reduce(total_weight)
+    return world * (losses * weight).sum() / total_weight.clamp(min=1.0)
 
 
 def direction_overlap(present: Tensor, absent: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import secrets
 import sys
 import time
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ class _Wandb:
                 name=out.name,
                 dir=str(out),
                 config=run_config,
-                mode=config.wandb,
+                mode="online" if config.wandb == "online" else "offline",
                 id=_tracker_id(out),
                 resume="allow" if config.wandb == "online" else None,
             )
@@ -255,7 +256,5 @@ def _tracker_id(out: Path) -> str:
     """One tracker run per run folder, however often the run is started again."""
     path = out / "wandb_id"
     if not path.exists():
-        import wandb
-
-        path.write_text(wandb.util.generate_id(), encoding="utf-8")
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -36,6 +36,10 @@ class LossConfig:
     ignore_normal_pairs: bool = False
     """Leave pairs of two normal studies out of the softmax: each other's report fits both."""
 
+    silence: float = 0.5
+    """Weight of "not mentioned" as a negation in the opposite-sentence term: radiologists rarely
+    write down what isn't there, but they do overlook things."""
+
     prior_odds: bool = True
     """Add each finding's log odds among mentions to its opposite-sentence logit."""
 
@@ -68,7 +72,7 @@ class Objective:
 
     Args:
         config: Terms and weights.
-        finding_rate: ``(F,)`` how often a mentioned finding is stated.
+        finding_rate: ``(F,)`` how often a finding is stated, among what counts as mentioned.
     """
 
     def __init__(self, config: LossConfig, finding_rate: Tensor) -> None:
@@ -111,8 +115,9 @@ class Objective:
             if config.opposite:
                 image = unit["image_prompt"]
                 prior = self._log_prior_odds
+                silence = 0.0 if config.label_informed else config.silence
                 value = losses.opposite_sentence(
-                    image, present, absent, targets.polarity, scale, prior
+                    image, present, absent, targets.polarity, scale, prior, silence
                 )
                 terms["opposite"] = (config.opposite, value)
             if config.directions:

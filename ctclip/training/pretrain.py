@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ctclip import checkpoint as model_file
 from ctclip import config as configuration
@@ -248,6 +249,7 @@ class _Job:
                 bank,
                 config.text_warmup,
                 config.text,
+                silence=config.loss.silence,
                 seed=config.seed,
                 device=device,
             )
@@ -283,9 +285,7 @@ class _Job:
                 seed=config.seed,
                 device=device,
             ),
-            objective=Objective(
-                config.loss, torch.as_tensor(bank.rate, dtype=torch.float32, device=device)
-            ),
+            objective=Objective(config.loss, _finding_rate(config, bank, records).to(device)),
             ema=optim.WeightAverage(model, config.optim.ema_decay),
             progress=Progress(),
             device=device,
@@ -482,6 +482,15 @@ def _model_config(config: PretrainConfig, cohort: PreparedCohort) -> ModelConfig
     if config.loss.contrastive == "siglip" and model.logit_bias_init is None:
         model = dataclasses.replace(model, logit_bias_init=losses.siglip_bias(config.batch_size))
     return model
+
+
+def _finding_rate(
+    config: PretrainConfig, bank: SentenceBank, records: Sequence[VolumeRecord]
+) -> Tensor:
+    """How often each finding is stated among what the opposite-sentence term counts."""
+    if not config.loss.label_informed:
+        return torch.as_tensor(bank.rate(config.loss.silence), dtype=torch.float32)
+    return torch.tensor([record.label_row() for record in records]).nanmean(dim=0).nan_to_num(0.5)
 
 
 def _lr(config: PretrainConfig, step: int) -> float:

@@ -124,12 +124,14 @@ class SentenceBank:
 
     def __init__(self, studies: Iterable[StudyText], most: int = 200) -> None:
         kept: dict[tuple[str, bool], dict[str, None]] = {}
-        stated = np.zeros(len(FINDINGS))
-        known = np.zeros(len(FINDINGS))
+        self._stated = np.zeros(len(FINDINGS))
+        self._known = np.zeros(len(FINDINGS))
+        self._num_studies = 0
         for study in studies:
             polarity = np.asarray(study.polarity)
-            known += ~np.isnan(polarity)
-            stated += np.nan_to_num(polarity)
+            self._known += ~np.isnan(polarity)
+            self._stated += np.nan_to_num(polarity)
+            self._num_studies += 1
             for sentence in study.sentences:
                 found = mentions(sentence)
                 if len({mention.finding for mention in found}) == 1:
@@ -137,8 +139,18 @@ class SentenceBank:
                     if len(bucket) < most:
                         bucket.setdefault(sentence)
         self._sentences = {key: list(bucket) for key, bucket in kept.items()}
-        self.rate = np.where(known > 0, (stated + 0.5) / (known + 1.0), 0.5)
-        """``(F,)`` how often a mentioned finding is stated, shrunk towards one half."""
+
+    def rate(self, silence: float = 0.0) -> np.ndarray:
+        """How often each finding is stated among its mentions.
+
+        Args:
+            silence: How much a report that says nothing of a finding counts as negating it.
+
+        Returns:
+            ``(F,)``, shrunk towards one half by one mention.
+        """
+        silent = self._num_studies - self._known
+        return (self._stated + 0.5) / (self._known + silence * silent + 1.0)
 
     def num_sentences(self, finding: str, present: bool) -> int:
         """How many different sentences state (or negate) a finding."""

@@ -63,6 +63,7 @@ def warm_up(
     config: TextWarmupConfig,
     views: TextViewConfig,
     *,
+    silence: float,
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
@@ -79,6 +80,7 @@ def warm_up(
         bank: Sentences of the same reports.
         config: How long and how hard.
         views: How a report becomes one text.
+        silence: See :class:`ctclip.training.objective.LossConfig`.
         seed: Makes the warm-up repeatable and the same on every rank.
         device: Where the model is.
 
@@ -93,7 +95,8 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=config.steps, pct_start=0.1
     )
-    log_prior_odds = losses.log_odds(torch.as_tensor(bank.rate, dtype=torch.float32)).to(device)
+    rate = torch.as_tensor(bank.rate(silence), dtype=torch.float32, device=device)
+    log_prior_odds = losses.log_odds(rate)
     rng = np.random.default_rng([seed, 20_260])
     torch.manual_seed(seed)
     model.train()
@@ -119,6 +122,7 @@ def warm_up(
                     torch.from_numpy(polarity_table(chosen)).to(device),
                     torch.tensor(config.scale),
                     log_prior_odds,
+                    silence,
                 )
                 / 2
             )
