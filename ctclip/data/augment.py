@@ -51,25 +51,28 @@ def augment(volume_hu: Tensor, config: AugmentConfig, seed: Sequence[int]) -> Te
         ``(D, H, W)`` float32 on the same device.
     """
     from monai.transforms import Affine, GaussianSmooth
+    from monai.utils import convert_to_tensor
 
     random = np.random.default_rng(list(seed))
     chosen = random.random(3) < config.probability
     angle, size, sigma, noise = random.uniform((-1, -1, 0, 0), 1)
-    volume = volume_hu.to(torch.float32)[None]
+    # MONAI pads with 0 beyond the border, so air is made 0 while it works.
+    volume = volume_hu.to(torch.float32)[None] - AIR_HU
     if chosen[0]:
-        # Air outside of the scan: MONAI pads with 0, so the volume is moved to make air 0.
         transform = Affine(
-            rotate_params=(np.radians(config.rotate_degrees) * angle, 0.0, 0.0),
-            scale_params=(1 + config.scale * size,) * 3,
+            rotate_params=(float(np.radians(config.rotate_degrees) * angle), 0.0, 0.0),
+            scale_params=(float(1 + config.scale * size),) * 3,
             padding_mode="zeros",
             image_only=True,
         )
-        volume = torch.as_tensor(transform(volume - AIR_HU)) + AIR_HU
+        volume = convert_to_tensor(transform(volume))
     if chosen[1] and config.blur_voxels > 0:
-        volume = torch.as_tensor(GaussianSmooth(sigma=config.blur_voxels * sigma + 1e-3)(volume))
+        smooth = GaussianSmooth(sigma=float(config.blur_voxels * sigma) + 1e-3)
+        volume = convert_to_tensor(smooth(volume))
+    volume = volume + AIR_HU
     if chosen[2]:
         generator = torch.Generator(device=volume.device)
         generator.manual_seed(int(random.integers(2**62)))
         drawn = torch.randn(volume.shape, generator=generator, device=volume.device)
-        volume = volume + config.noise_hu * noise * drawn
+        volume = volume + float(config.noise_hu * noise) * drawn
     return volume[0]

@@ -9,7 +9,7 @@ of a phantom ("Emphysema is not present.") as on translated clinical prose. The 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 import yaml
@@ -78,14 +78,17 @@ def labels_from_text(text: str) -> dict[str, float]:
     return labels
 
 
-def _in_sentence(sentence: str) -> Iterable[Mention]:
+@lru_cache(maxsize=2**16)  # stock sentences make up most reports
+def _in_sentence(sentence: str) -> tuple[Mention, ...]:
     vocabulary = _vocabulary()
     hedged = bool(vocabulary.hedge.search(sentence))
     states: dict[str, bool] = {}
     for clause in _CLAUSE.split(sentence):
         for name, present in _in_clause(clause, vocabulary):
             states[name] = states.get(name, False) or present
-    return [Mention(name, states[name], sentence, hedged) for name in FINDINGS if name in states]
+    return tuple(
+        Mention(name, states[name], sentence, hedged) for name in FINDINGS if name in states
+    )
 
 
 def _in_clause(clause: str, vocabulary: _Vocabulary) -> Iterable[tuple[str, bool]]:
