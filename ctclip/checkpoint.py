@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import ctclip
 from ctclip import config
 from ctclip.data.volume import VolumeConfig
 from ctclip.models import convert
@@ -25,6 +25,8 @@ from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.head import LinearHead
 from ctclip.models.text import CXR_BERT, Tokenizer, merged_state_dict
+
+VERSION = version("ctclip")
 
 FORMAT = 1
 """Version of the header; raised when an older reader could misread a newer file."""
@@ -110,7 +112,7 @@ def save(
         )
     header = {
         "format": FORMAT,
-        "ctclip": ctclip.__version__,
+        "ctclip": VERSION,
         "model": config.to_dict(model_config),
         "text_hf_config": model.text.config.to_dict(),
         "volume": config.to_dict(volume_config),
@@ -167,7 +169,7 @@ def load(
         volume_config = config.from_dict(VolumeConfig, header["volume"], source)
     except config.ConfigError as error:
         raise CheckpointError(
-            f"{error}; it was written by ctclip {header['ctclip']}, this is {ctclip.__version__}"
+            f"{error}; it was written by ctclip {header['ctclip']}, this is {VERSION}"
         ) from None
     model = build_model(model_config, hf_config=header["text_hf_config"])
     tensors = load_file(path)
@@ -290,7 +292,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if header["format"] > FORMAT:
         raise CheckpointError(
             f"{path} was written by ctclip {header['ctclip']}, a newer one than this "
-            f"({ctclip.__version__}); upgrade ctclip"
+            f"({VERSION}); upgrade ctclip"
         )
     return header
 

@@ -61,15 +61,15 @@ class CTCLIP(nn.Module):
 
     def __init__(
         self,
-        visual: nn.Module,
-        text: nn.Module,
+        visual: "ViT3D | CTViT",
+        text: "HFTextEncoder",
         *,
         logit_scale_init: float = math.log(1 / 0.07),
         logit_bias_init: float | None = None,
     ) -> None:
         super().__init__()
-        self.visual = visual
-        self.text = text
+        self.visual: ViT3D | CTViT = visual
+        self.text: HFTextEncoder = text
         # Shape (1,): DeepSpeed can't broadcast 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), float(logit_scale_init)))
         self.logit_bias: nn.Parameter | None = None
@@ -117,7 +117,7 @@ class CTCLIP(nn.Module):
             read-out.
         """
         self._check(image)
-        features = self.visual.forward_readouts(image)  # type: ignore[operator]
+        features = self.visual.forward_readouts(image)
         if normalize:
             features = {name: F.normalize(value, dim=-1) for name, value in features.items()}
         return {"prompt": features["prompt"], "report": features.get("report", features["prompt"])}
@@ -129,7 +129,7 @@ class CTCLIP(nn.Module):
         :meth:`encode_image` exactly: a prompt's score splits over regions.
         """
         self._check(image)
-        return self.visual.patches(image)  # type: ignore[operator]
+        return self.visual.patches(image)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Embed token ids ``(B, L)`` into ``(B, E)``."""
@@ -179,7 +179,7 @@ class CTCLIP(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in backward, in both towers."""
-        self.visual.set_grad_checkpointing(enable)  # type: ignore[operator]
+        self.visual.set_grad_checkpointing(enable)
         bert: Any = self.text.transformer
         if enable:
             bert.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,7 +197,7 @@ class CTCLIP(nn.Module):
         config = TextConfig(
             train="last-n" if unlocked_layers else "frozen", train_layers=unlocked_layers or 1
         )
-        set_trainable(self.text, config)  # type: ignore[arg-type]
+        set_trainable(self.text, config)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that must not shrink: vectors, positions, learned tokens."""
@@ -209,7 +209,7 @@ class CTCLIP(nn.Module):
         }
 
     def _check(self, image: Tensor) -> None:
-        check_shape(image, self.visual.channels)  # type: ignore[arg-type]
+        check_shape(image, self.visual.channels)
         if torch.compiler.is_compiling() or image.numel() == 0:
             return
         low, high = (float(value) for value in torch.aminmax(image.detach()))
@@ -240,7 +240,7 @@ def build_model(
     Returns:
         A model in training mode, fp32, on the CPU.
     """
-    visual: nn.Module
+    visual: ViT3D | CTViT
     if config.ctvit is not None:
         visual = CTViT.from_config(config.ctvit, config.embed_dim)
     else:

@@ -71,8 +71,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attend; ``bias`` is ``(heads, N, N)``."""
         # Keys and values come from x itself, only queries from its norm. Released weights need it.
-        q, k, v = self.to_q(self.norm(x)), *self.to_kv(x).chunk(2, dim=-1)
-        q, k, v = (rearrange(y, "b n (g c) -> b g n c", g=self.heads) for y in (q, k, v))
+        q = rearrange(self.to_q(self.norm(x)), "b n (g c) -> b g n c", g=self.heads)
+        k, v = rearrange(self.to_kv(x), "b n (two g c) -> two b g n c", two=2, g=self.heads)
         q = F.normalize(q, dim=-1) * self.q_scale
         k = F.normalize(k, dim=-1) * self.k_scale
         if bias is not None:
@@ -153,13 +153,13 @@ class OffsetBias(nn.Module):
 
     def forward(self, h: int, w: int) -> Tensor:
         """Bias ``(heads, h*w, h*w)``, row-major tokens, always fp32."""
-        weight = self.net[0].weight
-        rows = torch.arange(1 - h, h, device=weight.device, dtype=torch.float32)
-        columns = torch.arange(1 - w, w, device=weight.device, dtype=torch.float32)
+        device = next(self.parameters()).device
+        rows = torch.arange(1 - h, h, device=device, dtype=torch.float32)
+        columns = torch.arange(1 - w, w, device=device, dtype=torch.float32)
         offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
         table = self.net(offsets.sign() * offsets.abs().log1p()).flatten(0, 1)
-        i = torch.arange(h, device=weight.device)
-        j = torch.arange(w, device=weight.device)
+        i = torch.arange(h, device=device)
+        j = torch.arange(w, device=device)
         row = i[:, None, None, None] - i[None, None, :, None] + h - 1
         column = j[None, :, None, None] - j[None, None, None, :] + w - 1
         index = (row * (2 * w - 1) + column).reshape(h * w, h * w)
@@ -257,7 +257,7 @@ class CTViT(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.channels = channels
-        self.patch = tuple(patch)
+        self.patch = patch
         self.image_size = tuple(image_size)
         self.grad_checkpointing = False
         voxels = channels * patch[0] * patch[1] * patch[2]

@@ -52,8 +52,8 @@ class LearnedPositions(nn.Module):
         size = (len(d), len(h), len(w))
         if size == tuple(self.table.shape[:3]):
             return self.table
-        table = rearrange(self.table, "d h w c -> 1 c d h w")
-        table = F.interpolate(table, size=size, mode="trilinear", align_corners=False)
+        coarse = rearrange(self.table, "d h w c -> 1 c d h w")
+        table = F.interpolate(coarse, size=size, mode="trilinear", align_corners=False)
         return rearrange(table, "1 c d h w -> d h w c")
 
 

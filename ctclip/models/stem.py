@@ -11,9 +11,9 @@ class LinearStem(nn.Module):
     Reshape and matrix product: the same numbers as a strided ``Conv3d`` in half its time on a CPU.
     """
 
-    def __init__(self, channels: int, patch: tuple[int, ...], width: int) -> None:
+    def __init__(self, channels: int, patch: tuple[int, int, int], width: int) -> None:
         super().__init__()
-        self.patch = tuple(patch)
+        self.patch = patch
         self.proj = nn.Linear(channels * patch[0] * patch[1] * patch[2], width)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -30,22 +30,29 @@ class LinearStem(nn.Module):
         )
 
 
-def strides(patch: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+def strides(
+    patch: tuple[int, int, int],
+) -> tuple[tuple[int, int, int], list[tuple[int, int, int]]]:
     """Split a patch into a first edge of at most 6 voxels and stride-2 stages, axis by axis.
 
     Returns:
         The first stage's edges and the strides of the later ones; their product is the patch. An
         odd factor stays in the first edge: (10, 20, 20) gives (5, 5, 5), (2, 2, 2), (1, 2, 2).
     """
-    first, halvings = [], []
-    for edge in patch:
-        count = 0
-        while edge % 2 == 0 and edge > 6:
-            edge, count = edge // 2, count + 1
-        first.append(edge)
-        halvings.append(count)
-    stages = [tuple(2 if i < n else 1 for n in halvings) for i in range(max(halvings))]
-    return tuple(first), stages
+    (d, d_halvings), (h, h_halvings), (w, w_halvings) = (_halve(edge) for edge in patch)
+    stages = [
+        (1 + (i < d_halvings), 1 + (i < h_halvings), 1 + (i < w_halvings))
+        for i in range(max(d_halvings, h_halvings, w_halvings))
+    ]
+    return (d, h, w), stages
+
+
+def _halve(edge: int) -> tuple[int, int]:
+    """Halve an edge while it is even and longer than 6; also how often."""
+    count = 0
+    while edge % 2 == 0 and edge > 6:
+        edge, count = edge // 2, count + 1
+    return edge, count
 
 
 class ConvStem(nn.Module):
@@ -57,7 +64,11 @@ class ConvStem(nn.Module):
     """
 
     def __init__(
-        self, channels: int, patch: tuple[int, ...], width: int, first_channels: int | None = None
+        self,
+        channels: int,
+        patch: tuple[int, int, int],
+        width: int,
+        first_channels: int | None = None,
     ) -> None:
         super().__init__()
         edges, stages = strides(patch)

@@ -109,7 +109,7 @@ class Tokenizer:
         Raises:
             FileNotFoundError: If it is neither a local directory nor reachable on the Hub.
         """
-        from transformers import AutoTokenizer, BertTokenizerFast
+        from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]
 
         model_type = _hf_config_dict(name_or_path).get("model_type")
         # CXR-BERT names a tokenizer class of its own, remote code, for BERT's plain vocabulary.

@@ -225,9 +225,9 @@ class ViT3D(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.channels = channels
-        self.patch = tuple(patch)
+        self.patch = patch
         self.patch_dropout = patch_dropout
-        self.position_step = tuple(position_step)
+        self.position_step = position_step
         self.grad_checkpointing = False
 
         if stem == "conv":
@@ -367,7 +367,11 @@ class ViT3D(nn.Module):
         if self.training and self.patch_dropout > 0:
             raise ValueError("patch embeddings need every patch: call model.eval() first")
         x, (d, h, w) = self.tokens(image)
-        shares = self.readouts["prompt"].shares(x[:, self.num_prefix :])
+        shares = self.readouts[
+            "prompt"
+        ].shares(  # type: ignore[operator]
+            x[:, self.num_prefix :]
+        )
         return rearrange(shares, "b (d h w) e -> b d h w e", d=d, h=h, w=w)
 
 
@@ -389,7 +393,7 @@ def check_shape(image: Tensor, channels: int) -> None:
         )
 
 
-def _pad_to_patches(image: Tensor, patch: tuple[int, ...]) -> Tensor:
+def _pad_to_patches(image: Tensor, patch: tuple[int, int, int]) -> Tensor:
     missing = [-size % edge for size, edge in zip(image.shape[2:], patch, strict=True)]
     if not any(missing):
         return image

@@ -186,16 +186,6 @@ def test_conv_stem_looks_beyond_the_patch():
     assert image.grad[0, 0, 4:8].abs().sum() > 0
 
 
-@pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_compiles_without_a_graph_break(positions):
-    model = tower(depth=2, positions=positions, slice_group=2, registers=1, full_every=2)
-    image = scan(6, 8, 8)
-
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-
-    torch.testing.assert_close(compiled(image), model(image))
-
-
 def test_runs_in_bfloat16():
     model, image = tower(positions="rotary", registers=1), scan(4, 8, 8)
     full = model(image)
