@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ctclip import distributed
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -89,6 +87,8 @@ def _normalised(vectors: "Tensor") -> np.ndarray:
 def progress(items: Iterable[Any], total: int, what: str, unit: str) -> Iterable[Any]:
     """Iterate with a bar on stderr; silent in a log file and on all but the main process."""
     from tqdm import tqdm
+
+    from ctclip import distributed  # imports torch, which reading a table doesn't need
 
     hidden = not sys.stderr.isatty() or not distributed.is_main() or total < 2
     return tqdm(items, total=total, desc=what, unit=unit, disable=hidden)

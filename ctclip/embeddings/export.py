@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ctclip import distributed
 from ctclip.embeddings.encode import embed_texts, encode_batch, progress
 from ctclip.embeddings.table import EmbeddingError, EmbeddingTable, Kind, concatenate
 from ctclip.findings import FINDINGS
@@ -69,6 +68,8 @@ def embed_volumes(
             on, or ``out`` is of another model or carries other fields.
     """
     import torch
+
+    from ctclip import distributed
 
     records = list(cohort.records if records is None else records)
     expected = checkpoint.volume_config.fingerprint()

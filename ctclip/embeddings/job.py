@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ctclip import distributed
 from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes
 from ctclip.embeddings.health import health
 from ctclip.embeddings.table import EmbeddingError, EmbeddingTable
@@ -58,6 +57,7 @@ def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
     from rich.console import Console
 
     from ctclip import checkpoint as checkpoints
+    from ctclip import distributed
     from ctclip.data.cache import PreparedCohort
 
     _join_processes()
@@ -98,6 +98,8 @@ def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
 
 def _device(name: str) -> str:
     import torch
+
+    from ctclip import distributed
 
     if name != "auto":
         return name

@@ -1,7 +1,7 @@
 """Which cases of an archive may be returned: one description, two readers (NumPy and Milvus)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from ctclip.findings import FINDINGS
 
 UNKNOWN_LABEL = -1
 """How the index stores a finding that nobody annotated."""
+
+AGE_COLUMN = "age_years"
+"""The index's numeric copy of the field ``age``; negative where it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +99,17 @@ class Filter:
         ):
             terms += [f"{label_column(finding)} == {value}" for finding in findings]
         if self.sex:
-            terms.append(f"sex == {quoted(self.sex)}")
+            terms.append(f"{field_column('sex')} == {quoted(self.sex)}")
         if self.age:
-            terms.append(f"age >= {float(self.age[0])} and age <= {float(self.age[1])}")
+            low, high = (float(bound) for bound in self.age)
+            terms.append(f"{AGE_COLUMN} >= {max(low, 0.0)} and {AGE_COLUMN} <= {high}")
         if self.date:
-            low, high = self.date
-            terms.append(f'date != "" and date >= {quoted(low)} and date <= {quoted(high)}')
+            column, (first, last) = field_column("date"), self.date
+            terms.append(f'{column} != "" and {column} >= {quoted(first)}')
+            terms.append(f"{column} <= {quoted(last)}")
         for name in ("hospital", "manufacturer"):
             if wanted := getattr(self, name):
-                terms.append(f"{name} in [{', '.join(quoted(value) for value in wanted)}]")
+                terms.append(f"{field_column(name)} in {quoted_list(wanted)}")
         if self.split:
             terms.append(f"split == {quoted(self.split)}")
         return " and ".join(terms)
@@ -113,6 +118,24 @@ class Filter:
 def label_column(finding: str) -> str:
     """The index's column of a finding's label: Milvus takes no blanks in a name."""
     return "label_" + finding.lower().replace(" ", "_")
+
+
+def field_column(name: str) -> str:
+    """The index's column of a field.
+
+    Raises:
+        EmbeddingError: If the field's name can't be a column's.
+    """
+    if not name.isidentifier() or not name.isascii():
+        raise EmbeddingError(
+            f"field {name!r} can't be indexed: rename the column to letters, digits and _"
+        )
+    return f"field_{name}"
+
+
+def quoted_list(values: Iterable[str]) -> str:
+    """A list literal of Milvus's filter language."""
+    return f"[{', '.join(quoted(value) for value in values)}]"
 
 
 def quoted(value: str) -> str:

@@ -1,0 +1,240 @@
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from embedding_tables import random_table
+
+pytest.importorskip("pymilvus", reason="ctclip[retrieval] is not installed")
+
+from ctclip.embeddings import EmbeddingError, EmbeddingTable
+from ctclip.embeddings.transform import fit
+from ctclip.findings import FINDINGS
+from ctclip.retrieval.filters import Filter
+from ctclip.retrieval.index import MilvusArchive
+from ctclip.retrieval.search import MemoryArchive, Query, from_rows, unit
+
+NUM_ROWS = 1200
+
+
+def archive_table(num_rows=NUM_ROWS):
+    rng = np.random.default_rng(7)
+    table = random_table(
+        num_rows,
+        width=24,
+        volumes_per_patient=4,
+        fields={
+            "sex": [str(value) for value in rng.choice(["F", "M", ""], num_rows)],
+            "age": ["" if row % 11 == 0 else str(row % 90) for row in range(num_rows)],
+            "date": ["" if row % 7 == 0 else f"20{row % 20 + 10}-05-01" for row in range(num_rows)],
+            "hospital": [str(value) for value in rng.choice(['St. "Q"', "B\\C", "Ü"], num_rows)],
+            "report": [f"text {row}" for row in range(num_rows)],
+        },
+    )
+    table.labels[rng.random(table.labels.shape) < 0.2] = np.nan
+    scores = rng.random(table.labels.shape).astype(np.float32)
+    studies = [f"p{row // 4}_{'ab'[row % 4 // 2]}" for row in range(num_rows)]
+    return replace(table, scores=scores, study_id=studies)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    table = archive_table()
+    path = tmp_path_factory.mktemp("index") / "archive.db"
+    with MilvusArchive.build(path, table) as archive:
+        yield archive, MemoryArchive(table)
+
+
+def outcome(hits):
+    return [(hit.volume_id, hit.study_id, hit.similarity) for hit in hits]
+
+
+FILTERS = {
+    "none": Filter(),
+    "present": Filter(present=("Emphysema",)),
+    "absent": Filter(absent=("Emphysema", "Atelectasis")),
+    "unknown": Filter(unknown=("Lung nodule",)),
+    "sex": Filter(sex="F"),
+    "age": Filter(age=(20, 40)),
+    "age from below zero": Filter(age=(-5, 3)),
+    "date": Filter(date=("2012-01-01", "2020-12-31")),
+    "hospital with quotes": Filter(hospital=('St. "Q"',)),
+    "hospitals": Filter(hospital=("B\\C", "Ü")),
+    "split": Filter(split="valid"),
+    "nobody": Filter(split="test"),
+    "one per cent": Filter(present=FINDINGS[:3], sex="F"),
+    "all at once": Filter(present=("Emphysema",), sex="M", age=(1, 80), hospital=("Ü",)),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("per_patient", [1, 2])
+def test_the_index_answers_like_brute_force_under_every_filter(pair, name, per_patient):
+    archive, oracle = pair
+    rng = np.random.default_rng(1)
+    for k in (1, 10, 60):
+        query = Query(vector=unit(rng.normal(size=24)), exclude_patients=frozenset({"p3", 'x"y'}))
+        options = {"k": k, "per_patient": per_patient, "where": FILTERS[name]}
+
+        assert outcome(archive.search(query, **options)) == outcome(oracle.search(query, **options))
+
+
+def test_hits_carry_what_the_table_carried(pair):
+    archive, oracle = pair
+    query = Query(vector=unit(np.ones(24)))
+
+    hit, expected = archive.search(query, k=1)[0], oracle.search(query, k=1)[0]
+
+    np.testing.assert_array_equal(hit.labels, expected.labels)
+    np.testing.assert_array_equal(hit.scores, expected.scores)
+    assert hit.fields == expected.fields
+
+
+def test_a_study_of_the_archive_is_looked_up_like_in_memory(pair):
+    archive, _ = pair
+
+    mine, theirs = (from_rows(side.rows(study_id="p5_b")) for side in pair)
+
+    np.testing.assert_array_equal(mine.vector, theirs.vector)
+    assert "p5" not in {hit.patient_id for hit in archive.search(mine, k=100)}
+    with pytest.raises(EmbeddingError, match="no case 'zz'"):
+        archive.rows(study_id="zz")
+
+
+def test_studies_are_found_by_part_of_their_name(pair):
+    archive, _ = pair
+
+    assert archive.studies("p12_") == ["p12_a", "p12_b"]
+    assert len(archive.studies("", limit=7)) == 7
+    assert archive.studies('"; drop') == []
+
+
+def test_a_thousand_equal_vectors_are_still_collapsed_exactly(tmp_path):
+    table = archive_table(800)
+    table.vectors[:700] = table.vectors[0]
+    query = Query(vector=table.vectors[0])
+
+    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+        found = archive.search(query, k=20)
+
+    assert outcome(found) == outcome(MemoryArchive(table).search(query, k=20))
+
+
+def test_an_approximate_index_is_bypassed_where_a_filter_leaves_few(tmp_path):
+    table = archive_table(2000)
+    table.labels[:, 0] = (np.arange(2000) % 100 == 0).astype(np.float32)
+    oracle = MemoryArchive(table)
+    rng = np.random.default_rng(2)
+    where = Filter(present=(FINDINGS[0],))
+    with MilvusArchive.build(tmp_path / "a.db", table, index="HNSW") as archive:
+        recalls = []
+        for _ in range(30):
+            query = Query(vector=unit(rng.normal(size=24)))
+            assert outcome(archive.search(query, where=where)) == outcome(
+                oracle.search(query, where=where)
+            )
+            expected = {hit.study_id for hit in oracle.search(query)}
+            recalls.append(len(expected & {hit.study_id for hit in archive.search(query)}) / 10)
+    assert np.mean(recalls) >= 0.99
+
+
+def test_inserting_twice_doubles_nothing_and_updates_what_changed(tmp_path):
+    table = archive_table(40)
+    changed = replace(table, fields={**table.fields, "sex": ["F"] * 40})
+    with MilvusArchive.build(tmp_path / "a.db", table.select(range(30))) as archive:
+        archive.insert(table)
+        archive.insert(changed)
+
+        assert len(archive) == 40
+        assert set(archive.rows(study_id="p0_a").fields["sex"]) == {"F"}
+
+
+def test_tables_of_another_model_or_other_fields_are_refused(tmp_path):
+    table = archive_table(20)
+    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+        with pytest.raises(EmbeddingError, match="don't belong together"):
+            archive.insert(replace(table, provenance={**table.provenance, "checkpoint": "b"}))
+        with pytest.raises(EmbeddingError, match="carries the fields"):
+            archive.insert(replace(table, fields={}))
+        with pytest.raises(EmbeddingError, match="don't belong together"):
+            archive.project(table.vectors[0], {"checkpoint": "b"})
+
+
+def traces(folder, needles):
+    """Which of some byte strings occur in any file of a folder."""
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return [needle for needle in needles if any(needle in content for content in contents)]
+
+
+def test_a_withdrawn_patient_leaves_nothing_behind(tmp_path):
+    table = archive_table(400)
+    rows = [row for row, patient in enumerate(table.patient_id) if patient == "p42"]
+    vectors = [table.vectors[row].tobytes() for row in rows]
+    texts = [f"text {row}".encode() for row in rows]
+    needles = [*vectors, *texts, b"p42_a", b"p42_b"]
+    uri = tmp_path / "a.db"
+    with MilvusArchive.build(uri, table) as archive:
+        assert set(vectors) <= set(traces(tmp_path, vectors)), "the test can't see vectors"
+
+        assert archive.withdraw(["p42"]) == 4
+
+        assert len(archive) == 396
+        hits = archive.search(Query(vector=table.vectors[rows[0]]), k=396, per_patient=4)
+        assert "p42" not in {hit.patient_id for hit in hits}
+        assert len(hits) == 198
+        with pytest.raises(EmbeddingError, match="no case"):
+            archive.rows(study_id="p42_a")
+    assert traces(tmp_path, needles) == []
+
+
+def test_an_interrupted_withdrawal_is_finished_on_opening(tmp_path, monkeypatch):
+    table = archive_table(80)
+    uri = tmp_path / "a.db"
+    with MilvusArchive.build(uri, table) as archive:
+        monkeypatch.setattr(archive, "purge", lambda: None)
+        archive.withdraw(["p3"])
+
+    MilvusArchive(uri).close()
+
+    vectors = [table.vectors[row].tobytes() for row in range(12, 16)]
+    assert traces(tmp_path, vectors) == []
+    with MilvusArchive(uri) as archive:
+        assert len(archive) == 76
+
+
+def test_a_backup_restores_the_same_archive(tmp_path):
+    table = archive_table(60)
+    table = table.transformed(fit(table.vectors, whiten=True))
+    query = Query(vector=table.vectors[5])
+    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+        assert archive.backup(tmp_path / "backup.parquet") == 60
+        before = archive.search(query, k=20)
+
+    saved = EmbeddingTable.load(tmp_path / "backup.parquet")
+    with MilvusArchive.build(tmp_path / "b.db", saved) as restored:
+        assert outcome(restored.search(query, k=20)) == outcome(before)
+        assert restored.transform.name == table.transform.name
+
+
+def test_a_rebuild_replaces_the_archive_and_leaves_one_collection(tmp_path):
+    uri = tmp_path / "a.db"
+    MilvusArchive.build(uri, archive_table(40)).close()
+    time.sleep(0.01)
+    with MilvusArchive.build(uri, archive_table(20)) as archive:
+        assert len(archive) == 20
+        assert len(archive._client.list_collections()) == 1
+
+
+def test_a_missing_archive_says_how_to_make_one(tmp_path):
+    with pytest.raises(EmbeddingError, match="ctclip-index build"):
+        MilvusArchive(tmp_path / "none.db")
+
+
+def test_a_whitened_archive_takes_raw_vectors_of_its_model(tmp_path):
+    raw = archive_table(60)
+    table = raw.transformed(fit(raw.vectors))
+    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+        vector = archive.project(raw.vectors[7], raw.provenance)
+        hit = archive.search(Query(vector=vector), k=1)[0]
+
+    assert hit.similarity == pytest.approx(1.0)
