@@ -205,11 +205,6 @@ def run(
     prepared = PreparedCohort.open(Path(cohort))
     chosen = split or next((s for s in ("test", "valid") if _has_split(prepared, s)), "test")
     records = prepared.split(chosen)
-    if not records:
-        raise ValueError(
-            f"{cohort}: no volume of split {chosen!r}; "
-            f"it has {sorted({record.split for record in prepared.records})}"
-        )
     embeddings = embed_volumes(
         checkpoint,
         prepared,

@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import known_embeddings
+import numpy as np
+import pandas as pd
+import pytest
+from known_embeddings import EMPHYSEMA, corrupt
+
+from ctclip.evaluation import label_audit, review
+from ctclip.evaluation.label_audit import AuditConfig
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Emphysema is visible and a tenth of its labels are flipped; the rest is unknown."""
+    truth = known_embeddings.table(800)
+    labels = np.full_like(truth.labels, np.nan)
+    labels[:, EMPHYSEMA] = truth.labels[:, EMPHYSEMA]
+    bad = corrupt(labels[:, EMPHYSEMA], 0.1, "flip")
+    labels[bad, EMPHYSEMA] = 1 - labels[bad, EMPHYSEMA]
+    labels[5, EMPHYSEMA] = np.nan
+    texts = {
+        volume: "Emphysema is seen." if label == 1 else "No emphysema."
+        for volume, label in zip(truth.volume_id, truth.labels[:, EMPHYSEMA], strict=True)
+    }
+    texts[truth.volume_id[7]] = "The heart is normal."
+    table = replace(truth, labels=labels)
+    found = label_audit.audit(table, texts, AuditConfig(replicates=30))
+    return truth, table, bad, found
+
+
+def test_planted_errors_lead_the_list(case):
+    truth, _, bad, found = case
+    top = found.suspects.head(len(bad))
+    planted = {truth.volume_id[row] for row in bad}
+    assert top["volume_id"].isin(planted).mean() >= 0.7
+    assert set(found.suspects["finding"]) == {"Emphysema"}
+
+
+def test_the_rate_is_estimated_and_findings_without_labels_say_so(case):
+    rates = case[3].rates().set_index("finding")
+    assert rates.loc["Emphysema", "wrong"] == pytest.approx(0.1, abs=0.05)
+    assert "not audited" in rates.loc["Lung nodule", "note"]
+    assert np.isnan(rates.loc["Lung nodule", "wrong"])
+
+
+def test_unknown_labels_are_not_listed(case):
+    assert case[0].volume_id[5] not in set(case[3].suspects["volume_id"])
+
+
+def test_the_report_is_quoted_as_evidence(case):
+    rows = case[3].suspects
+    missed = rows[(rows["label"] == 0) & (rows["report"] == "affirmed")]
+    assert (missed["sentence"] == "Emphysema is seen.").all()
+    assert missed["reason"].str.contains("labelling error").any()
+
+
+def test_cleanlab_agrees_on_most_suspects(case):
+    pytest.importorskip("cleanlab")
+    top = case[3].suspects.head(len(case[2]))
+    assert top["cleanlab"].mean() > 0.7
+
+
+def test_cleaning_brings_labels_nearer_to_the_truth(case):
+    truth, table, bad, found = case
+    cleaned = label_audit.cleaned(table.labels, found)
+    known = ~np.isnan(table.labels[:, EMPHYSEMA])
+    wrong = (cleaned[:, EMPHYSEMA] != truth.labels[:, EMPHYSEMA])[known].sum()
+    assert wrong < 0.4 * len(bad)
+    assert np.isnan(cleaned[5, EMPHYSEMA])
+
+
+def test_a_review_is_written_filled_and_applied(case, tmp_path):
+    truth, table, _, found = case
+    review.write(found, tmp_path, AuditConfig())
+    assert "labelling error" in (tmp_path / "review.html").read_text()
+    rows = pd.DataFrame(
+        {
+            "patient_id": truth.patient_id,
+            "study_id": truth.study_id,
+            "path": [f"volumes/{name}.nii.gz" for name in truth.volume_id],
+            "report": 'He said, "no".',
+            "Emphysema": ["" if np.isnan(v) else str(int(v)) for v in table.labels[:, EMPHYSEMA]],
+        }
+    )
+    rows.to_csv(tmp_path / "manifest.csv", index=False)
+    filled = pd.read_csv(tmp_path / "review.csv", dtype=str, keep_default_na=False)
+    filled.loc[0, "decision"], filled.loc[1, "decision"] = "flip", "unknown"
+    filled.loc[2, "decision"] = "keep"
+    filled.to_csv(tmp_path / "review.csv", index=False)
+
+    arguments = (tmp_path / "review.csv", tmp_path / "manifest.csv", tmp_path / "corrected.csv")
+    changes = review.apply(*arguments, reviewer="A. Reader")
+
+    assert changes["new"].tolist() == [str(1 - int(filled["label"][0])), ""]
+    after = pd.read_csv(tmp_path / "corrected.csv", dtype=str, keep_default_na=False)
+    before = pd.read_csv(tmp_path / "manifest.csv", dtype=str, keep_default_na=False)
+    assert (after != before).sum().sum() == 2
+    assert "A. Reader" in (tmp_path / "corrected.provenance.json").read_text()
+    with pytest.raises(ValueError, match="audit the present labels again"):
+        review.apply(tmp_path / "review.csv", tmp_path / "corrected.csv", tmp_path / "x.csv", "B")
+
+
+def test_a_misspelt_decision_is_named(case, tmp_path):
+    review.write(case[3], tmp_path, AuditConfig())
+    path = tmp_path / "review.csv"
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame.loc[3, "decision"] = "filp"
+    frame.to_csv(path, index=False)
+    with pytest.raises(ValueError, match="line 5: decision is 'filp'"):
+        review.apply(path, tmp_path / "manifest.csv", tmp_path / "out.csv", "A. Reader")
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        AuditConfig(suspicion=1.0)

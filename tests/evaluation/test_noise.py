@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from known_embeddings import corrupt
+
+from ctclip.evaluation import noise
+
+
+def scores_and_labels(separation=4.0, prevalence=0.2, n=2000, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = (rng.random(n) < prevalence).astype(float)
+    return rng.normal(size=n) + separation * truth, truth
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2, 0.3])
+def test_flipped_labels_are_counted(rate):
+    scores, labels = scores_and_labels()
+    bad = corrupt(labels, rate, "flip")
+    labels[bad] = 1 - labels[bad]
+    found = noise.estimate(scores, labels, np.arange(2000), replicates=30)
+    assert found.wrong == pytest.approx(rate, abs=0.02)
+    assert found.wrong_low < rate < found.wrong_high
+    assert found.auroc_lost > 0.03
+    worst = np.argsort(-found.posterior)[: len(bad)]
+    assert np.isin(worst, bad).mean() > 0.85
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_dropped_positives_are_told_from_false_ones(rate):
+    scores, labels = scores_and_labels()
+    labels[corrupt(labels, rate, "drop")] = 0
+    found = noise.estimate(scores, labels, np.arange(2000), replicates=30)
+    assert found.missed == pytest.approx(rate, abs=0.05)
+    assert found.false < 0.01
+
+
+@pytest.mark.parametrize("separation", [1.0, 2.0, 4.0])
+def test_overlapping_classes_are_not_noise(separation):
+    found = noise.estimate(*scores_and_labels(separation), np.arange(2000), replicates=10)
+    assert found.wrong < 0.02
+    assert found.auroc_lost < 0.01
+
+
+def test_scores_that_see_nothing_give_no_verdict():
+    found = noise.estimate(*scores_and_labels(0.0), np.arange(2000), replicates=10)
+    assert not found.is_identified
+
+
+def test_unknown_labels_have_no_posterior_and_do_not_count():
+    scores, labels = scores_and_labels()
+    bad = corrupt(labels, 0.1, "flip")
+    labels[bad] = 1 - labels[bad]
+    labels[::5] = np.nan
+    found = noise.estimate(scores, labels, np.arange(2000), replicates=10)
+    assert np.isnan(found.posterior[::5]).all()
+    assert found.wrong == pytest.approx(0.1, abs=0.025)
+
+
+def test_the_fit_follows_its_gradient():
+    """The likelihood is climbed, not guessed: no neighbour of the optimum is better."""
+    scores, labels = scores_and_labels(n=500)
+    labels[:25] = 1 - labels[:25]
+    best = noise.fit(scores, labels)
+
+    def likelihood(slope, offset, false, missed):
+        p = noise.NoiseModel(slope, offset, false, missed).present(scores)
+        p = np.clip(false + (1 - false - missed) * p, 1e-9, 1 - 1e-9)
+        value = np.log(np.where(labels == 1, p, 1 - p)).sum()
+        return value + noise.PRIOR * np.log(1 - false - missed)
+
+    here = likelihood(best.slope, best.offset, best.false, best.missed)
+    for factor in (0.9, 1.1):
+        assert likelihood(best.slope * factor, best.offset, best.false, best.missed) < here
+        assert likelihood(best.slope, best.offset * factor, best.false, best.missed) < here
+        assert likelihood(best.slope, best.offset, best.false * factor, best.missed) < here
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="only one class"):
+        noise.estimate(np.arange(5.0), np.ones(5), np.arange(5))
