@@ -164,6 +164,44 @@ def differences(found: Sequence[Any], title: str) -> Figure:
     return figure
 
 
+def fit_overview(judgements: Sequence[Any]) -> Figure:
+    """Training, development and test AUROC of every disease in one figure, with its verdict.
+
+    Args:
+        judgements: :class:`ctclip.evaluation.verdicts.Judgement` of each disease.
+    """
+    figure = Figure(figsize=(11.0, 1.3 + 0.36 * len(judgements)), layout="constrained")
+    axis = figure.subplots()
+    order = sorted(judgements, key=lambda j: np.nan_to_num(j.evidence.train.auroc, nan=-1.0))
+    for y, judgement in enumerate(order):
+        evidence = judgement.evidence
+        marks = [(evidence.train, COLOURS[0], "o", 0.16), (evidence.test, COLOURS[1], "s", -0.16)]
+        if evidence.development is not None:
+            marks.append((evidence.development, COLOURS[2], "D", 0.0))
+        for fit, colour, marker, shift in marks:
+            if np.isnan(fit.auroc):
+                continue
+            axis.plot([fit.low, fit.high], [y + shift] * 2, color=colour, lw=1.3, alpha=0.7)
+            axis.plot([fit.auroc], [y + shift], marker=marker, ms=5, color=colour)
+        if not np.isnan(evidence.probe):
+            axis.plot([evidence.probe], [y + 0.16], marker="|", ms=9, mew=1.6, color=INK)
+        axis.text(1.015, y, judgement.verdict.value, va="center", fontsize=8, color=INK)
+        axis.axhline(y + 0.5, color=FAINT, lw=0.4)
+    axis.set_yticks(range(len(order)), [judgement.evidence.finding for judgement in order])
+    axis.axvline(0.5, color=INK, lw=0.8)
+    axis.set_xlim(0.38, 1.0)
+    _frame(axis, "")
+    axis.tick_params(axis="y", labelsize=8.5, length=0)
+    axis.set_xlabel("AUROC with 95 % interval", fontsize=8.5, color=INK)
+    from matplotlib.lines import Line2D
+
+    entries = [("training", "o", COLOURS[0]), ("development", "D", COLOURS[2]),
+               ("test", "s", COLOURS[1]), ("probe, left-out patients", "|", INK)]  # fmt: skip
+    handles = [Line2D([], [], color=c, marker=m, lw=0, label=n) for n, m, c in entries]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=8.5)
+    return figure
+
+
 def loss_curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
     """Training curves.
 

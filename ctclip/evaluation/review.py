@@ -94,7 +94,7 @@ def write(
             title=f"The {min(total, config.pictures)} most suspicious of {total} labels",
             paragraphs=[
                 "Fill the column 'decision' of review.csv with keep, flip or unknown, then apply "
-                "it. The lines through the middle of the volume are shown, not the lesion's place.",
+                "it. The pictures are slices through the middle of the volume.",
             ],
             gallery=gallery,
             frames=[listed.drop(columns=["decision", "study_id", "patient_id"])],

@@ -1,0 +1,320 @@
+"""``python eval/train_fit.py --ckpt …``: how well does the model fit its own training set?
+
+The same scoring on training, development and test data, disease by disease, with a verdict, its
+evidence and what to do next. A disease that can't be fitted on the training set usually has wrong
+labels, or a target that the model can't see.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ctclip.evaluation import (
+    bootstrap,
+    label_audit,
+    metrics,
+    plots,
+    prompts,
+    report,
+    verdicts,
+    zero_shot,
+)
+from ctclip.evaluation.label_audit import Audit, AuditConfig
+from ctclip.evaluation.report import Picture, Section
+from ctclip.evaluation.scores import ScoreTable
+from ctclip.evaluation.verdicts import Criteria, Evidence, Judgement, SplitFit
+from ctclip.evaluation.zero_shot import ZeroShotConfig
+from ctclip.findings import FINDINGS
+
+if TYPE_CHECKING:
+    from ctclip.data.manifest import VolumeRecord
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFitConfig:
+    """How the training set is looked at."""
+
+    sample: int = 3000
+    """Training volumes at most; whole patients are drawn, so that prevalence stays."""
+
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    criteria: Criteria = field(default_factory=Criteria)
+    seed: int = 0
+
+
+def run(
+    ckpt: str | Path,
+    cohort: str | Path,
+    out: str | Path,
+    config: TrainFitConfig | None = None,
+    *,
+    lesions: str | Path | None = None,
+    earlier: Sequence[str | Path] = (),
+) -> list[Judgement]:
+    """The command. Writes ``verdicts.csv``, ``verdicts.json``, the figure and ``train_fit.html``.
+
+    Args:
+        ckpt: Checkpoint.
+        cohort: Prepared cohort with its training split.
+        out: Folder of the results.
+        config: Sample size, prompts, criteria.
+        lesions: CSV with ``volume_id, finding, size_mm`` where sizes are known, such as a phantom
+            cohort's ``truth.csv``.
+        earlier: Older checkpoints of the same run, oldest first, for the learning curve.
+    """
+    from ctclip import checkpoint as checkpoints
+    from ctclip.data.cohort import PreparedCohort
+    from ctclip.embeddings import embed_volumes
+
+    config = config or TrainFitConfig()
+    folder = Path(out)
+    prepared = PreparedCohort.open(Path(cohort))
+    records = []
+    for split in SPLITS:
+        chosen = [record for record in prepared.records if record.split == split]
+        records.append(_sample(chosen, config) if split == "train" else chosen)
+    if not records[0]:
+        raise ValueError(f"{cohort}: no volume of split 'train'; there is no training set to fit")
+
+    curve: dict[str, list[float]] = {finding: [] for finding in FINDINGS}
+    tables: list[ScoreTable] = []
+    for path in (*earlier, ckpt):
+        checkpoint = checkpoints.load(path, device=config.zero_shot.device)
+        is_last = path == ckpt
+        splits = [part for part in (records if is_last else records[:1]) if part]
+        embedded = [
+            embed_volumes(
+                checkpoint,
+                prepared,
+                part,
+                out=folder / f"embeddings-{part[0].split}-{checkpoint.sha256[:12]}.parquet",
+                batch_size=config.zero_shot.batch_size,
+                workers=config.zero_shot.workers,
+                device=config.zero_shot.device,
+            )
+            for part in splits
+        ]
+        tables = [
+            zero_shot.score_embeddings(checkpoint, table, config.zero_shot, Path(path).stem)
+            for table in embedded
+        ]
+        for k, finding in enumerate(FINDINGS):
+            curve[finding].append(metrics.auroc(tables[0].labels[:, k], tables[0].scores[:, k]))
+    audited = label_audit.audit(embedded[0], None, config.audit)
+    prompt_vectors = prompts.encode_prompts(checkpoint, prompts.load(config.zero_shot.prompts))
+    found = assess(
+        tables,
+        audited,
+        config,
+        sizes=None if lesions is None else read_sizes(lesions),
+        curves=curve if len(earlier) >= 2 else {},
+        token_mm=_token_mm(checkpoint),
+    )
+    facts = {
+        "checkpoint": checkpoint.sha256[:12],
+        "training volumes": str(len(embedded[0])),
+        "prompts": str(tables[0].header["prompts"]),
+        "prompt direction spread": f"{prompts.direction_spread(prompt_vectors):.2f}",
+    }
+    write(found, folder, facts)
+    return found
+
+
+def assess(
+    tables: Sequence[ScoreTable],
+    audited: Audit,
+    config: TrainFitConfig,
+    *,
+    sizes: Mapping[tuple[str, str], float] | None = None,
+    curves: Mapping[str, Sequence[float]] | None = None,
+    token_mm: float = float("nan"),
+) -> list[Judgement]:
+    """Judge every finding.
+
+    Args:
+        tables: Scores of the training, then the test split; or training, development, test.
+        audited: The audit of the training split's labels, rows in the training table's order.
+        config: Criteria and replicates.
+        sizes: (volume, finding) to the largest lesion in mm.
+        curves: Finding to training AUROC over checkpoints.
+        token_mm: Smallest edge of what one token sees.
+
+    Raises:
+        ValueError: If there is no second split to set against the training set.
+    """
+    if len(tables) < 2:
+        raise ValueError("train fit needs a development or test split beside the training set")
+    replicates = [
+        bootstrap.replicate(
+            bootstrap.draw(table.patient_id, config.zero_shot.replicates, config.seed + index),
+            table.labels,
+            table.scores,
+        )
+        for index, table in enumerate(tables)
+    ]
+    found = []
+    for k, finding in enumerate(tables[0].findings):
+        fits = [_fit(table, k, spread) for table, spread in zip(tables, replicates, strict=True)]
+        size = np.array([(sizes or {}).get((v, finding), np.nan) for v in tables[0].volume_id])
+        size[tables[0].labels[:, k] != 1.0] = np.nan
+        audit = audited.findings[FINDINGS.index(finding)]
+        seen = audit.logits if len(audit.logits) else tables[0].scores[:, k]
+        evidence = Evidence(
+            finding=finding,
+            train=fits[0],
+            development=fits[1] if len(fits) > 2 else None,
+            test=fits[-1],
+            gap_low=bootstrap.interval(replicates[0][:, k] - replicates[-1][:, k])[0],
+            probe=audit.auroc,
+            noise=audit.estimate,
+            size_mm=float(np.nanmedian(size)) if np.isfinite(size).any() else float("nan"),
+            token_mm=token_mm,
+            seen_larger_p=verdicts.larger_where_seen(size, seen),
+            agreement=reconstruction_agreement(tables[0], k),
+            curve=tuple((curves or {}).get(finding, ())),
+        )
+        found.append(verdicts.judge(evidence, config.criteria))
+    return found
+
+
+def reconstruction_agreement(table: ScoreTable, k: int) -> float:
+    """Correlation between reconstructions of one study within cases of one label.
+
+    Within one label, because any model that separates the classes makes reconstructions agree
+    across them. nan with fewer than ten pairs.
+    """
+    order = np.argsort(table.study_id, kind="stable")
+    study, score = table.study_id[order], table.scores[order, k]
+    label = table.labels[order, k]
+    residual = score.copy()
+    for value in (0.0, 1.0):
+        rows = label == value
+        if rows.any():
+            residual[rows] -= score[rows].mean()
+    pair = (study[1:] == study[:-1]) & ~np.isnan(label[1:]) & ~np.isnan(score[1:] + score[:-1])
+    first, second = residual[:-1][pair], residual[1:][pair]
+    if len(first) < 10 or first.std() == 0 or second.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def read_sizes(path: str | Path) -> dict[tuple[str, str], float]:
+    """Largest lesion per volume and finding from a table of lesions.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    frame = pd.read_csv(path, dtype={"volume_id": str})
+    missing = {"volume_id", "finding", "size_mm"} - set(frame.columns)
+    if missing:
+        raise ValueError(f"{path}: no column {sorted(missing)[0]!r}")
+    largest = frame.groupby(["volume_id", "finding"])["size_mm"].max()
+    return {(str(v), str(f)): float(size) for (v, f), size in largest.items()}
+
+
+def write(found: Sequence[Judgement], folder: Path, facts: Mapping[str, str]) -> None:
+    """Write the table, the figure and the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = as_frame(found)
+    frame.to_csv(folder / "verdicts.csv", index=False)
+    rows = json.loads(frame.to_json(orient="records"))
+    (folder / "verdicts.json").write_text(json.dumps({"facts": facts, "findings": rows}, indent=1))
+    figure = plots.fit_overview(found)
+    plots.save(figure, folder / "train_fit")
+    counts = frame["verdict"].value_counts()
+    shown = frame[["finding", "verdict", "train", "test", "probe"]]
+    sections = [
+        Section(
+            title="All diseases",
+            paragraphs=[f"{n} of {len(found)}: {v}." for v, n in counts.items()],
+            figures=[Picture(image=figure, caption="Training, development and test AUROC.")],
+            frames=[shown],
+        ),
+        *(
+            Section(title=f"{j.evidence.finding}: {j.verdict.value}", paragraphs=[j.paragraph])
+            for j in found
+        ),
+    ]
+    report.Report(title="Fit to the training set", facts=facts, sections=sections).write(
+        folder / "train_fit.html"
+    )
+    logger.info("verdicts: %s", folder / "train_fit.html")
+
+
+def as_frame(found: Sequence[Judgement]) -> pd.DataFrame:
+    """One row per finding."""
+    rows: list[dict[str, Any]] = []
+    for judgement in found:
+        e = judgement.evidence
+        noise = e.noise if e.noise is not None and e.noise.is_identified else None
+        rows.append(
+            {
+                "finding": e.finding,
+                "verdict": judgement.verdict.value,
+                "train": e.train.auroc,
+                "train_low": e.train.low,
+                "train_high": e.train.high,
+                "test": e.test.auroc,
+                "test_low": e.test.low,
+                "test_high": e.test.high,
+                "gap_low": e.gap_low,
+                "probe": e.probe,
+                "noise": noise.wrong if noise else np.nan,
+                "noise_low": noise.wrong_low if noise else np.nan,
+                "noise_high": noise.wrong_high if noise else np.nan,
+                "auroc_lost_to_noise": noise.auroc_lost if noise else np.nan,
+                "size_mm": e.size_mm,
+                "agreement": e.agreement,
+                "positive_patients_train": e.train.positive_patients,
+                "paragraph": judgement.paragraph,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _fit(table: ScoreTable, k: int, replicates: np.ndarray) -> SplitFit:
+    labels, scores = table.labels[:, k], table.scores[:, k]
+    mask = ~np.isnan(labels) & ~np.isnan(scores)
+    low, high = bootstrap.interval(replicates[:, k])
+    return SplitFit(
+        auroc=metrics.auroc(labels, scores),
+        low=low,
+        high=high,
+        positive_patients=len(np.unique(table.patient_id[mask & (labels == 1.0)])),
+        negative_patients=len(np.unique(table.patient_id[mask & (labels == 0.0)])),
+    )
+
+
+def _sample(records: "list[VolumeRecord]", config: TrainFitConfig) -> "list[VolumeRecord]":
+    if len(records) <= config.sample:
+        return records
+    patients = sorted({record.patient_id for record in records})
+    order = np.random.default_rng(config.seed).permutation(len(patients))
+    counts = pd.Series([record.patient_id for record in records]).value_counts()
+    total, kept = 0, set()
+    for index in order:
+        if total >= config.sample:
+            break
+        kept.add(patients[index])
+        total += int(counts[patients[index]])
+    logger.info("training set: %d of %d volumes drawn, whole patients", total, len(records))
+    return [record for record in records if record.patient_id in kept]
+
+
+def _token_mm(checkpoint: Any) -> float:
+    patch = getattr(checkpoint.model_config.vision, "patch", None)
+    if patch is None:
+        return float("nan")
+    sides = zip(patch, checkpoint.volume_config.spacing_mm, strict=True)
+    return float(min(voxels * mm for voxels, mm in sides))

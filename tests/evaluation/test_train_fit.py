@@ -1,0 +1,163 @@
+"""Planted truth: every verdict where it belongs, on embeddings of known visibility."""
+
+from dataclasses import replace
+
+import known_embeddings
+import numpy as np
+import pandas as pd
+import pytest
+from known_embeddings import corrupt
+
+from ctclip.evaluation import label_audit, metrics, train_fit
+from ctclip.evaluation.label_audit import AuditConfig
+from ctclip.evaluation.scores import ScoreTable
+from ctclip.evaluation.train_fit import TrainFitConfig
+from ctclip.evaluation.verdicts import (
+    Criteria,
+    Evidence,
+    SplitFit,
+    Verdict,
+    judge,
+    larger_where_seen,
+)
+from ctclip.evaluation.zero_shot import ZeroShotConfig
+from ctclip.findings import FINDINGS
+
+CORRUPTED, INVISIBLE, UNPROMPTED, RARE, OVERFITTED = range(5)
+
+
+def scored(table, seed: int, memorised: np.ndarray | None = None) -> ScoreTable:
+    """Zero-shot scores: along each finding's own direction, but for two planted failures."""
+    truth = np.random.default_rng(99).normal(size=(table.width, table.width))
+    scores = table.vectors @ np.linalg.qr(truth)[0][:18].T
+    scores[:, UNPROMPTED] = np.random.default_rng(seed).normal(size=len(table))
+    if memorised is not None:
+        scores[:, OVERFITTED] += memorised
+    return ScoreTable(
+        volume_id=np.asarray(table.volume_id),
+        study_id=np.asarray(table.study_id),
+        patient_id=np.asarray(table.patient_id),
+        split=np.asarray(table.split),
+        findings=FINDINGS,
+        labels=table.labels.astype(np.float64),
+        scores=scores,
+        header={"model": "toy"},
+    )
+
+
+@pytest.fixture(scope="module")
+def judged():
+    separation = np.full(18, 4.5)
+    separation[INVISIBLE], separation[OVERFITTED] = 0.0, 2.2
+    train = known_embeddings.table(1200, separation=separation, seed=1)
+    test = known_embeddings.table(800, separation=separation, seed=2, split="test")
+    labels = train.labels.copy()
+    bad = corrupt(labels[:, CORRUPTED], 0.2, "flip")
+    labels[bad, CORRUPTED] = 1 - labels[bad, CORRUPTED]
+    labels[:, RARE] = 0
+    labels[:6, RARE] = 1
+    train = replace(train, labels=labels)
+    memorised = 0.3 * (labels[:, OVERFITTED] - 0.5)
+    config = TrainFitConfig(
+        zero_shot=ZeroShotConfig(replicates=250), audit=AuditConfig(replicates=20)
+    )
+    audited = label_audit.audit(train, None, config.audit)
+    tables = [scored(train, 0, memorised), scored(test, 1)]
+    assert metrics.auroc(tables[0].labels[:, 10], tables[0].scores[:, 10]) > 0.9
+    return train_fit.assess(tables, audited, config)
+
+
+@pytest.mark.parametrize(
+    ("finding", "verdict"),
+    [
+        (CORRUPTED, Verdict.LABELS),
+        (INVISIBLE, Verdict.SMALL),
+        (UNPROMPTED, Verdict.PROMPTS),
+        (RARE, Verdict.FEW),
+        (OVERFITTED, Verdict.OVERFITS),
+    ],
+)
+def test_each_planted_failure_gets_its_verdict(judged, finding, verdict):
+    assert judged[finding].verdict is verdict
+
+
+def test_the_other_diseases_are_learnt(judged):
+    assert [j.verdict for j in judged[5:]] == [Verdict.LEARNT] * 13
+
+
+def test_a_page_a_figure_and_tables_are_written(judged, tmp_path):
+    train_fit.write(judged, tmp_path, {"checkpoint": "abc"})
+    frame = pd.read_csv(tmp_path / "verdicts.csv")
+    assert len(frame) == 18
+    text = (tmp_path / "train_fit.html").read_text()
+    assert "labels suspect" in text
+    assert "run the label audit" in text
+    assert (tmp_path / "train_fit.svg").is_file()
+
+
+def fit(auroc: float, patients: int = 100) -> SplitFit:
+    return SplitFit(
+        auroc=auroc, low=auroc - 0.03, high=auroc + 0.03, positive_patients=patients,
+        negative_patients=patients,
+    )  # fmt: skip
+
+
+def test_few_patients_are_never_judged():
+    found = judge(Evidence(finding="x", train=fit(0.5), test=fit(0.5, patients=9)))
+    assert found.verdict is Verdict.FEW
+
+
+def test_a_gap_that_could_be_chance_is_not_overfitting():
+    evidence = Evidence(finding="x", train=fit(0.95), test=fit(0.85), gap_low=-0.01)
+    assert judge(evidence).verdict is Verdict.LEARNT
+    assert judge(replace(evidence, gap_low=0.02)).verdict is Verdict.OVERFITS
+    assert judge(replace(evidence, gap_low=0.02), Criteria(gap=0.2)).verdict is Verdict.LEARNT
+
+
+def test_lesions_that_are_only_seen_when_large_are_recognised():
+    rng = np.random.default_rng(0)
+    size = rng.uniform(3, 20, 80)
+    assert larger_where_seen(size, size + rng.normal(size=80)) < 0.01
+    assert larger_where_seen(size, rng.normal(size=80)) > 0.01
+    assert np.isnan(larger_where_seen(np.full(80, np.nan), size))
+
+
+def test_sizes_and_agreement_are_told_in_the_paragraph():
+    evidence = Evidence(
+        finding="Lung nodule", train=fit(0.6), test=fit(0.6), size_mm=6.0, token_mm=12.0,
+        seen_larger_p=0.001, agreement=0.2, curve=(0.5, 0.52, 0.6),
+    )  # fmt: skip
+    text = judge(evidence).paragraph
+    assert "median lesion measures 6 mm, a token 12 mm" in text
+    assert "score high are larger" in text
+    assert "mostly noise" in text
+    assert "still rising" in text
+
+
+def test_reconstructions_agree_only_beyond_the_label():
+    rng = np.random.default_rng(0)
+    study = np.repeat(np.arange(200), 2)
+    label = np.repeat(rng.random(200) < 0.5, 2).astype(float)
+    shared = np.repeat(rng.normal(size=200), 2)
+
+    def table(scores):
+        names = np.array([f"v{i}" for i in range(400)])
+        return ScoreTable(
+            volume_id=names, study_id=study.astype(str), patient_id=study.astype(str),
+            split=np.full(400, "train"), findings=("x",), labels=label[:, None],
+            scores=scores[:, None],
+        )  # fmt: skip
+
+    noise = rng.normal(size=400)
+    assert abs(train_fit.reconstruction_agreement(table(3 * label + noise), 0)) < 0.2
+    agreeing = train_fit.reconstruction_agreement(table(3 * label + shared + 0.3 * noise), 0)
+    assert agreeing > 0.8
+
+
+def test_sizes_are_read_as_the_largest_of_a_volume(tmp_path):
+    path = tmp_path / "truth.csv"
+    path.write_text("volume_id,finding,size_mm\nv1,Lung nodule,4\nv1,Lung nodule,9\n")
+    assert train_fit.read_sizes(path) == {("v1", "Lung nodule"): 9.0}
+    path.write_text("volume_id,finding\n")
+    with pytest.raises(ValueError, match="no column 'size_mm'"):
+        train_fit.read_sizes(path)
