@@ -189,7 +189,7 @@ def fit_overview(judgements: Sequence[Any]) -> Figure:
         axis.axhline(y + 0.5, color=FAINT, lw=0.4)
     axis.set_yticks(range(len(order)), [judgement.evidence.finding for judgement in order])
     axis.axvline(0.5, color=INK, lw=0.8)
-    axis.set_xlim(0.38, 1.0)
+    axis.set_xlim(0.38, 1.008)
     _frame(axis, "")
     axis.tick_params(axis="y", labelsize=8.5, length=0)
     axis.set_xlabel("AUROC with 95 % interval", fontsize=8.5, color=INK)

@@ -1,22 +1,23 @@
 from dataclasses import replace
 
-import known_embeddings
 import numpy as np
 import pandas as pd
 import pytest
-from known_embeddings import EMPHYSEMA, corrupt
 
-from ctclip.evaluation import label_audit, review
+from ctclip.evaluation import label_audit, planted, review
 from ctclip.evaluation.label_audit import AuditConfig
+from ctclip.findings import FINDINGS
+
+EMPHYSEMA = FINDINGS.index("Emphysema")
 
 
 @pytest.fixture(scope="module")
 def case():
     """Emphysema is visible and a tenth of its labels are flipped; the rest is unknown."""
-    truth = known_embeddings.table(800)
+    truth = planted.table(800)
     labels = np.full_like(truth.labels, np.nan)
     labels[:, EMPHYSEMA] = truth.labels[:, EMPHYSEMA]
-    bad = corrupt(labels[:, EMPHYSEMA], 0.1, "flip")
+    bad = planted.corrupt(labels[:, EMPHYSEMA], 0.1, "flip")
     labels[bad, EMPHYSEMA] = 1 - labels[bad, EMPHYSEMA]
     labels[5, EMPHYSEMA] = np.nan
     texts = {

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from known_embeddings import corrupt
 
-from ctclip.evaluation import noise
+from ctclip.evaluation import noise, planted
 
 
 def scores_and_labels(separation=4.0, prevalence=0.2, n=2000, seed=0):
@@ -14,7 +13,7 @@ def scores_and_labels(separation=4.0, prevalence=0.2, n=2000, seed=0):
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.2, 0.3])
 def test_flipped_labels_are_counted(rate):
     scores, labels = scores_and_labels()
-    bad = corrupt(labels, rate, "flip")
+    bad = planted.corrupt(labels, rate, "flip")
     labels[bad] = 1 - labels[bad]
     found = noise.estimate(scores, labels, np.arange(2000), replicates=30)
     assert found.wrong == pytest.approx(rate, abs=0.02)
@@ -27,7 +26,7 @@ def test_flipped_labels_are_counted(rate):
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_dropped_positives_are_told_from_false_ones(rate):
     scores, labels = scores_and_labels()
-    labels[corrupt(labels, rate, "drop")] = 0
+    labels[planted.corrupt(labels, rate, "drop")] = 0
     found = noise.estimate(scores, labels, np.arange(2000), replicates=30)
     assert found.missed == pytest.approx(rate, abs=0.05)
     assert found.false < 0.01
@@ -47,7 +46,7 @@ def test_scores_that_see_nothing_give_no_verdict():
 
 def test_unknown_labels_have_no_posterior_and_do_not_count():
     scores, labels = scores_and_labels()
-    bad = corrupt(labels, 0.1, "flip")
+    bad = planted.corrupt(labels, 0.1, "flip")
     labels[bad] = 1 - labels[bad]
     labels[::5] = np.nan
     found = noise.estimate(scores, labels, np.arange(2000), replicates=10)

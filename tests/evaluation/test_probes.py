@@ -1,8 +1,7 @@
-import known_embeddings
 import numpy as np
 import pytest
 
-from ctclip.evaluation import metrics, probes
+from ctclip.evaluation import metrics, planted, probes
 from ctclip.findings import FINDINGS
 
 
@@ -10,7 +9,7 @@ from ctclip.findings import FINDINGS
 def train():
     separation = np.zeros(18)
     separation[:3] = 4.0, 2.0, 0.0
-    return known_embeddings.table(600, separation=separation)
+    return planted.table(600, separation=separation)
 
 
 def test_a_patient_never_scores_itself_and_folds_share_the_positives(train):
@@ -50,7 +49,7 @@ def test_too_few_patients_give_no_scores(train):
 
 @pytest.mark.parametrize("kind", ["linear", "classfine"])
 def test_more_cases_make_better_probes(train, kind):
-    test = known_embeddings.table(400, separation=np.r_[4.0, 2.0, np.zeros(16)], seed=5)
+    test = planted.table(400, separation=np.r_[4.0, 2.0, np.zeros(16)], seed=5)
     found = probes.few_shot(
         train.vectors, train.labels[:, :1], test.vectors, test.labels[:, :1], FINDINGS[:1],
         shots=(1, 16, None), repeats=8, kind=kind,

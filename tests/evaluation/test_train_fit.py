@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 
-import known_embeddings
 import numpy as np
 import pandas as pd
 import pytest
-from known_embeddings import corrupt
 
-from ctclip.evaluation import label_audit, metrics, train_fit
+from ctclip.evaluation import label_audit, metrics, planted, train_fit
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.evaluation.scores import ScoreTable
 from ctclip.evaluation.train_fit import TrainFitConfig
@@ -28,8 +26,7 @@ CORRUPTED, INVISIBLE, UNPROMPTED, RARE, OVERFITTED = range(5)
 
 def scored(table, seed: int, memorised: np.ndarray | None = None) -> ScoreTable:
     """Zero-shot scores: along each finding's own direction, but for two planted failures."""
-    truth = np.random.default_rng(99).normal(size=(table.width, table.width))
-    scores = table.vectors @ np.linalg.qr(truth)[0][:18].T
+    scores = table.vectors @ planted.directions(table.width).T
     scores[:, UNPROMPTED] = np.random.default_rng(seed).normal(size=len(table))
     if memorised is not None:
         scores[:, OVERFITTED] += memorised
@@ -49,10 +46,10 @@ def scored(table, seed: int, memorised: np.ndarray | None = None) -> ScoreTable:
 def judged():
     separation = np.full(18, 4.5)
     separation[INVISIBLE], separation[OVERFITTED] = 0.0, 2.2
-    train = known_embeddings.table(1200, separation=separation, seed=1)
-    test = known_embeddings.table(800, separation=separation, seed=2, split="test")
+    train = planted.table(1200, separation=separation, seed=1)
+    test = planted.table(800, separation=separation, seed=2, split="test")
     labels = train.labels.copy()
-    bad = corrupt(labels[:, CORRUPTED], 0.2, "flip")
+    bad = planted.corrupt(labels[:, CORRUPTED], 0.2, "flip")
     labels[bad, CORRUPTED] = 1 - labels[bad, CORRUPTED]
     labels[:, RARE] = 0
     labels[:6, RARE] = 1
