@@ -171,7 +171,12 @@ def prepare_one(
     try:
         if record.path is None:
             raise VolumeError(record.study_id, "no-volume", "the row names no scan")
-        scan = volume.read(record.path, rescale=record.rescale, spacing_mm=record.spacing_mm)
+        scan = volume.read(
+            record.path,
+            rescale=record.rescale,
+            spacing_mm=record.spacing_mm,
+            series=record.series,
+        )
         notes = scan.warnings()
         held = [note for note in notes if note.level == "hold" and note.code not in accept]
         if not held:

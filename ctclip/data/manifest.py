@@ -68,6 +68,9 @@ class VolumeRecord:
     spacing_mm: tuple[float, float, float] | None = None
     """Spacing (D, H, W) of a metadata table, compared with the file's."""
 
+    series: str | None = None
+    """SeriesInstanceUID, where the path is a DICOM folder with several."""
+
     def label_row(self) -> list[float]:
         """The 18 labels in CT-RATE's order, nan where not known."""
         return [self.labels.get(name, math.nan) for name in FINDINGS]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ctclip.data import geometry, hu, nifti
+from ctclip.data import dicom, geometry, hu, itk, nifti, rad_chestct
 from ctclip.data.problems import Note, VolumeError
 from ctclip.data.resample import resample, resampled_affine
 
@@ -159,10 +159,17 @@ def read(
 
 
 def _read_stored(path: Path, series: str | None, max_voxels: int) -> nifti.StoredVolume:
+    name = path.name.lower()
     if path.is_dir():
-        if path.name.endswith((".nii", ".nii.gz", ".nrrd", ".mha", ".npz")):
+        if name.endswith((".nii", ".nii.gz", ".npz", *itk.SUFFIXES)):
             raise VolumeError(path, "directory", "is a directory with the name of a file")
-        raise VolumeError(path, "no-dicom", "no DICOM files found")
+        return dicom.read(path, series)
+    if name.endswith(itk.SUFFIXES):
+        return itk.read(path, max_voxels=max_voxels)
+    if name.endswith(".npz"):
+        return rad_chestct.read(path, max_voxels=max_voxels)
+    if name.endswith((".dcm", ".ima")):
+        return dicom.read(path, series)
     return nifti.read(path, max_voxels=max_voxels)
 
 

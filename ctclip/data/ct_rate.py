@@ -1,0 +1,347 @@
+"""CT-RATE as it is distributed: nested folders of volumes, and tables recognised by their columns.
+
+Volume names carry everything: ``train_12_a_2.nii.gz`` is reconstruction 2 of scan ``a`` of patient
+12. The first release holds raw numbers (slope and intercept are in the metadata table), the second
+(folders ending in ``_fixed``) holds HU beside the same table; which of the two a file is, its
+values tell when it is read.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from ctclip.data import report
+from ctclip.data.manifest import (
+    Split,
+    VolumeRecord,
+    is_safe_id,
+    parse_labels,
+    text_problems,
+    volume_stem,
+)
+from ctclip.data.problems import ManifestError, Problem
+from ctclip.data.table import Row, Table, raise_all, read_table
+from ctclip.findings import FINDINGS
+
+NAME = re.compile(r"(?P<study>(?P<patient>(?P<split>[a-z]+)_\d+)_[a-z]+)_\d+")
+
+META = {
+    "PatientSex": "sex",
+    "PatientAge": "age",
+    "Manufacturer": "manufacturer",
+    "ManufacturerModelName": "scanner",
+    "ConvolutionKernel": "kernel",
+    "SliceThickness": "slice_thickness_mm",
+}
+"""Metadata columns that are kept, under the manifest's names."""
+
+_TWO_NUMBERS = re.compile(r"\[\s*([0-9.eE+-]+)\s*,\s*([0-9.eE+-]+)\s*\]")
+_ONE_NUMBER = re.compile(r"[0-9.eE+-]+")
+
+
+@dataclass
+class Report:
+    """The four sections of one row, kept apart; None where a section is absent."""
+
+    findings: str | None
+    impression: str | None
+    clinical: str | None = None
+    technique: str | None = None
+
+
+@dataclass
+class Metadata:
+    """One row of the metadata table."""
+
+    rescale: tuple[float, float] | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    """(D, H, W)."""
+
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
+    """Read a folder that holds CT-RATE's volumes and tables, at any depth.
+
+    Args:
+        root: Searched for ``*.nii.gz`` and for CSVs with a column ``VolumeName``.
+
+    Returns:
+        One record per volume on disk, and problems: reports without a volume, volumes without a
+        report, sections that were empty.
+
+    Raises:
+        ManifestError: If there are no volumes or no report table, or a table is malformed.
+    """
+    root = Path(root)
+    problems: list[Problem] = []
+    volumes = _volumes(root, problems)
+    reports: dict[str, Report] = {}
+    labels: dict[str, dict[str, float]] = {}
+    metadata: dict[str, Metadata] = {}
+    for path in sorted([*root.rglob("*.csv"), *root.rglob("*.csv.gz")]):
+        table = read_table(path)
+        if "VolumeName" not in table.columns:
+            continue
+        if "Findings_EN" in table.columns:
+            reports |= read_reports(path, problems, table)
+        elif set(FINDINGS) & set(table.columns):
+            labels |= read_labels(path, problems, table)
+        elif "RescaleIntercept" in table.columns or "ZSpacing" in table.columns:
+            metadata |= read_metadata(path, problems, table)
+    if not volumes or not reports:
+        raise ManifestError(
+            f"{root}: found {len(volumes)} CT-RATE volumes and {len(reports)} reports; expected "
+            "names like train_1_a_1.nii.gz, and a CSV with VolumeName, Findings_EN, Impressions_EN"
+        )
+    for name in sorted(reports.keys() - volumes.keys()):
+        detail = "in the report table, but there is no such volume"
+        problems.append(Problem(str(root), "refused", "missing-file", detail, name))
+    not_chest = _listed_as_no_chest(root)
+    records = []
+    for name, path in sorted(volumes.items()):
+        if name in not_chest:
+            detail = "on CT-RATE's own list of volumes that show no chest"
+            problems.append(Problem(str(path), "refused", "listed-no-chest", detail, name))
+            continue
+        if name not in reports:
+            detail = "no row in the report table"
+            problems.append(Problem(str(path), "warned", "no-report", detail, name))
+        records.append(_record(name, path, reports.get(name), labels.get(name), metadata.get(name)))
+    return records, problems
+
+
+def _volumes(root: Path, problems: list[Problem]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.nii.gz")):
+        name = volume_stem(path.name)
+        if not NAME.fullmatch(name):
+            detail = "not named like a CT-RATE volume (train_1_a_1)"
+            problems.append(Problem(str(path), "refused", "unknown-name", detail, name))
+            continue
+        if name in found:
+            # Both releases side by side: HU as released beats HU that must be computed.
+            keep, drop = found[name], path
+            if _is_fixed(path) and not _is_fixed(keep):
+                keep, drop = path, keep
+            found[name] = keep
+            detail = f"the same volume as {keep}; that one is used"
+            problems.append(Problem(str(drop), "refused", "second-copy", detail, name))
+        else:
+            found[name] = path
+    return found
+
+
+def _is_fixed(path: Path) -> bool:
+    return any(part.endswith("_fixed") for part in path.parts)
+
+
+def _listed_as_no_chest(root: Path) -> set[str]:
+    names: set[str] = set()
+    for path in root.rglob("no_chest*.txt"):
+        words = path.read_text(encoding="utf-8", errors="replace").split()
+        names |= {volume_stem(word) for word in words}
+    return names
+
+
+def _record(
+    name: str,
+    path: Path,
+    text: Report | None,
+    labels: dict[str, float] | None,
+    metadata: Metadata | None,
+) -> VolumeRecord:
+    match = NAME.fullmatch(name)
+    assert match is not None
+    split = match["split"]
+    if split not in get_args(Split):
+        raise ManifestError(f"{path}: split {split!r} in the name; expected train, valid or test")
+    text = text or Report(None, None)
+    metadata = metadata or Metadata()
+    extra = {"clinical_information": text.clinical, "technique": text.technique}
+    return VolumeRecord(
+        volume_id=name,
+        study_id=match["study"],
+        patient_id=match["patient"],
+        split=split,  # type: ignore[arg-type]
+        path=path,
+        findings=text.findings,
+        impression=text.impression,
+        labels=labels or {},
+        meta=metadata.meta | {key: value for key, value in extra.items() if value},
+        rescale=metadata.rescale,
+        spacing_mm=metadata.spacing_mm,
+    )
+
+
+def read_reports(
+    path: Path, problems: list[Problem], table: Table | None = None
+) -> dict[str, Report]:
+    """Reports by volume name; empty ones are kept as absent and listed.
+
+    Raises:
+        ManifestError: If the table is malformed.
+    """
+    table = table or read_table(path)
+    table.require(("VolumeName", "Findings_EN", "Impressions_EN"))
+    errors: list[str] = []
+    counts: Counter[str] = Counter()
+    reports: dict[str, Report] = {}
+    for name, row in _named_rows(table, errors):
+        found = Report(
+            findings=report.clean(row.get("Findings_EN"), counts),
+            impression=report.clean(row.get("Impressions_EN"), counts),
+            clinical=report.clean(row.get("ClinicalInformation_EN")),
+            technique=report.clean(row.get("Technique_EN")),
+        )
+        if found.findings is None and found.impression is None:
+            detail = "findings and impression are both absent"
+            problems.append(Problem(f"{path}:{row.line}", "warned", "empty-report", detail, name))
+        _keep(reports, name, found, row, path, problems, errors)
+    raise_all(path, errors)
+    problems += text_problems(path, counts)
+    return reports
+
+
+def read_labels(
+    path: Path, problems: list[Problem], table: Table | None = None
+) -> dict[str, dict[str, float]]:
+    """Labels by volume name and finding, whatever the order of columns.
+
+    Raises:
+        ManifestError: If a finding's column is missing or a value is not 0, 1 or empty.
+    """
+    table = table or read_table(path)
+    table.require(("VolumeName", *FINDINGS))
+    errors: list[str] = []
+    labels: dict[str, dict[str, float]] = {}
+    for name, row in _named_rows(table, errors):
+        found = parse_labels(table, row, errors)
+        _keep(labels, name, found, row, path, problems, errors)
+    raise_all(path, errors)
+    return labels
+
+
+def read_metadata(
+    path: Path, problems: list[Problem], table: Table | None = None
+) -> dict[str, Metadata]:
+    """Rescale, spacing and acquisition by volume name; a cell is parsed as numbers, never run.
+
+    Raises:
+        ManifestError: If a number is malformed or impossible.
+    """
+    table = table or read_table(path)
+    table.require(("VolumeName",))
+    errors: list[str] = []
+    found: dict[str, Metadata] = {}
+    for name, row in _named_rows(table, errors):
+        rescale = _rescale(row, errors)
+        spacing = _spacing(row, errors)
+        if rescale is None and spacing is None:
+            detail = "neither rescale nor spacing"
+            problems.append(Problem(f"{path}:{row.line}", "warned", "no-metadata", detail, name))
+        meta = {key: row.get(column) for column, key in META.items() if row.get(column)}
+        if "age" in meta:
+            meta["age"] = meta["age"].strip("Yy").lstrip("0") or "0"
+        _keep(found, name, Metadata(rescale, spacing, meta), row, path, problems, errors)
+    raise_all(path, errors)
+    return found
+
+
+def _named_rows(table: Table, errors: list[str]) -> Iterable[tuple[str, Row]]:
+    for row in table.rows:
+        name = row.get("VolumeName")
+        if not is_safe_id(name):
+            errors.append(
+                f"line {row.line}: VolumeName {name!r} is not a file name; paths are not allowed"
+            )
+        else:
+            yield volume_stem(name), row
+
+
+def _keep(
+    found: dict,
+    name: str,
+    value: object,
+    row: Row,
+    path: Path,
+    problems: list[Problem],
+    errors: list[str],
+) -> None:
+    """File a row under its volume; a repetition is dropped, a contradiction is an error."""
+    if name not in found:
+        found[name] = value
+    elif _same(found[name], value):
+        detail = "the same row twice; used once"
+        problems.append(Problem(f"{path}:{row.line}", "corrected", "repeated-row", detail, name))
+    else:
+        errors.append(f"line {row.line}: {name} has an earlier row that says otherwise")
+
+
+def _same(first: object, second: object) -> bool:
+    """Equality in which two unknown labels are equal."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(
+            first[key] == second[key] or (math.isnan(first[key]) and math.isnan(second[key]))
+            for key in first
+        )
+    return first == second
+
+
+def _number(cell: str) -> float | None:
+    """A finite number, None where the cell is empty or "nan", else ValueError."""
+    if cell.lower() in ("", "nan"):
+        return None
+    value = float(cell)
+    if not math.isfinite(value):
+        raise ValueError(cell)
+    return value
+
+
+def _rescale(row: Row, errors: list[str]) -> tuple[float, float] | None:
+    try:
+        slope, intercept = _number(row.get("RescaleSlope")), _number(row.get("RescaleIntercept"))
+    except ValueError:
+        errors.append(f"line {row.line}: RescaleSlope or RescaleIntercept is not a number")
+        return None
+    if slope == 0:
+        errors.append(f"line {row.line}: RescaleSlope is 0")
+        return None
+    if slope is None or intercept is None:
+        return None
+    return slope, intercept
+
+
+def _in_plane(cell: str) -> tuple[float, float] | tuple[None, None]:
+    """Two numbers in brackets, or one; a cell is never evaluated, whatever it says."""
+    if cell.lower() in ("", "nan"):
+        return None, None
+    if _ONE_NUMBER.fullmatch(cell):
+        return float(cell), float(cell)
+    match = _TWO_NUMBERS.fullmatch(cell)
+    if match is None:
+        raise ValueError(cell)
+    return float(match[1]), float(match[2])
+
+
+def _spacing(row: Row, errors: list[str]) -> tuple[float, float, float] | None:
+    in_plane = row.get("XYSpacing")
+    try:
+        depth = _number(row.get("ZSpacing"))
+        first, second = _in_plane(in_plane)
+    except ValueError:
+        errors.append(
+            f"line {row.line}: XYSpacing {in_plane[:40]!r}, ZSpacing {row.get('ZSpacing')[:40]!r}; "
+            "expected [x, y] and z in mm"
+        )
+        return None
+    if any(value is not None and value <= 0 for value in (depth, first, second)):
+        errors.append(f"line {row.line}: a spacing of 0 or less")
+        return None
+    if depth is None or first is None or second is None:
+        return None
+    return depth, second, first

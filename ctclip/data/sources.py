@@ -1,0 +1,167 @@
+"""Whatever a user points at becomes records: a manifest, a data set, DICOM, plain files."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from ctclip.data import ct_rate, dicom, rad_chestct
+from ctclip.data.manifest import VolumeRecord, is_safe_id, read_manifest, split_of, volume_stem
+from ctclip.data.problems import ManifestError, Note, Problem, VolumeError
+from ctclip.data.table import read_table
+
+Kind = Literal["auto", "manifest", "ct-rate", "rad-chestct", "dicom", "files"]
+
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz")
+
+
+def read_source(
+    path: str | Path,
+    kind: Kind = "auto",
+    *,
+    root: str | Path | None = None,
+    variant: rad_chestct.Variant = "located",
+) -> tuple[list[VolumeRecord], list[Problem]]:
+    """Turn a source into records.
+
+    Args:
+        path: A manifest (CSV or Parquet), one scan, or a folder.
+        kind: What it is; ``auto`` finds out.
+        root: For a manifest, the folder that its paths are relative to.
+        variant: For RAD-ChestCT, the mapping of labels.
+
+    Returns:
+        Records, and problems for the ledger.
+
+    Raises:
+        ManifestError: If a table is malformed or nothing usable is found.
+        FileNotFoundError: If there is nothing at ``path``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {path}")
+    match detect(path) if kind == "auto" else kind:
+        case "manifest":
+            return read_manifest(path, root)
+        case "ct-rate":
+            return ct_rate.read_ct_rate(path)
+        case "rad-chestct":
+            return rad_chestct.read_rad_chestct(path, variant)
+        case "files":
+            return _plain_files(path)
+        case _:
+            return _dicom_studies(path)
+
+
+def detect(path: Path) -> Kind:
+    """What a path is, by its content: tables first, then file types."""
+    if path.is_file():
+        return "manifest" if path.name.lower().endswith(TABLE_SUFFIXES) else "files"
+    for table in _tables(path):
+        columns = _columns(table)
+        if "VolumeName" in columns:
+            return "ct-rate"
+        if "NoteAcc_DEID" in columns:
+            return "rad-chestct"
+    return "files" if next(_scans(path), None) is not None else "dicom"
+
+
+def _tables(folder: Path) -> Iterator[Path]:
+    return itertools.chain(folder.rglob("*.csv"), folder.rglob("*.csv.gz"))
+
+
+def _columns(path: Path) -> tuple[str, ...]:
+    """A table's columns, none if it is no table; the reader says later what is wrong with it."""
+    try:
+        return read_table(path).columns
+    except ManifestError:
+        return ()
+
+
+def _scans(folder: Path) -> Iterator[Path]:
+    return (
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and file.name.lower().endswith(SCAN_SUFFIXES)
+    )
+
+
+def _plain_files(path: Path) -> tuple[list[VolumeRecord], list[Problem]]:
+    """Scans without a table, each taken for a patient of its own: enough to score or embed them."""
+    files = [path] if path.is_file() else sorted(_scans(path))
+    if not files:
+        raise ManifestError(f"{path}: no scan ({', '.join(SCAN_SUFFIXES)})")
+    records = []
+    seen: dict[str, Path] = {}
+    for file in files:
+        name = volume_stem(file.name)
+        if name in seen:
+            raise ManifestError(
+                f"{file} and {seen[name]} have the same name; write a manifest with volume_id"
+            )
+        seen[name] = file
+        records.append(_without_report(name, name, name, file))
+    return records, []
+
+
+def _without_report(volume: str, study: str, patient: str, path: Path) -> VolumeRecord:
+    return VolumeRecord(
+        volume_id=volume,
+        study_id=study,
+        patient_id=patient,
+        split="test",
+        path=path,
+    )
+
+
+def _dicom_studies(folder: Path) -> tuple[list[VolumeRecord], list[Problem]]:
+    """One volume per study, by :func:`ctclip.data.dicom.best_series`; the rest is ledgered."""
+    notes: list[Note] = []
+    try:
+        found = dicom.find_series(folder, notes)
+    except VolumeError as error:
+        raise ManifestError(str(error)) from None
+    problems = [
+        Problem(str(folder), "warned", note.code, note.text)
+        for note in notes
+        if note.level != "info"
+    ]
+    studies: dict[str, list[dicom.Series]] = defaultdict(list)
+    for one in found:
+        studies[one.slices[0].study_uid or one.uid].append(one)
+    records = []
+    for study, members in sorted(studies.items()):
+        best = dicom.best_series(members)
+        for one in members:
+            if one is best:
+                continue
+            detail = (
+                "another series of this study is used"
+                if best
+                else "no axial series of 8 slices or more"
+            )
+            where = str(one.slices[0].file.parent)
+            problems.append(
+                Problem(where, "refused" if best is None else "noted", "series", detail, one.uid)
+            )
+        if best is not None:
+            records.append(_dicom_record(folder, study, best))
+    return records, problems
+
+
+def _dicom_record(folder: Path, study: str, series: dicom.Series) -> VolumeRecord:
+    first = series.slices[0]
+    patient = first.patient_id or study
+    parents = {one.file.parent for one in series.slices}
+    volume = series.uid if is_safe_id(series.uid) else study
+    return VolumeRecord(
+        volume_id=volume,
+        study_id=study,
+        patient_id=patient,
+        split=split_of(patient),
+        path=parents.pop() if len(parents) == 1 else folder,
+        meta=dict(first.meta),
+        series=series.uid,
+    )
