@@ -5,7 +5,7 @@ B batch, C channels, D H W voxels, L tokens of text, E embedding width.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.text import TextConfig, build_text_tower, freeze, set_trainable
 from ctclip.models.vit3d import VisionConfig, ViT3D, check_shape
+
+if TYPE_CHECKING:
+    from open_clip.hf_model import HFTextEncoder
 
 MAX_LOGIT_SCALE = math.log(100.0)
 """Bound of CLIP (Radford et al. 2021); without it the scale runs away on small data."""

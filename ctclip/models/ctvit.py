@@ -210,10 +210,10 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def _follow(self, tokens: Tensor, ids: Tensor) -> None:
         """Move codes towards the mean direction of their tokens, over all processes."""
-        count, width = self.embed.shape
-        directions = F.normalize(tokens.float().reshape(-1, width), dim=-1)
+        directions = F.normalize(tokens.float().reshape(-1, tokens.shape[-1]), dim=-1)
         totals = torch.zeros_like(self.embed).index_add_(0, ids.flatten(), directions)
-        used = torch.bincount(ids.flatten(), minlength=count).to(totals.dtype)
+        used = totals.new_zeros(len(totals))
+        used.index_add_(0, ids.flatten(), torch.ones_like(directions[:, 0]))
         if distributed.world_size() > 1:
             totals = distributed.gather(totals[None]).sum(dim=0)
             used = distributed.gather(used[None]).sum(dim=0)

@@ -1,0 +1,242 @@
+"""What a model costs before anything is bought or trained: parameters, tokens, FLOPs, memory.
+
+Nothing is computed on real data: the towers run on PyTorch's meta device, FLOPs come from its
+counter (a multiply-add counts two) and memory from the tensors that autograd would keep.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from rich.console import RenderableType
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
+from ctclip.models.text import set_trainable, small_bert
+
+CXR_BERT_CONFIG: dict[str, Any] = {"model_type": "bert", "vocab_size": 30522}
+"""BERT-base's shape, which CXR-BERT has; so that describing needs no download."""
+
+ADAM_BYTES_PER_PARAMETER = 16
+"""fp32 weight, gradient and Adam's two moments."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """What the volume tower costs for one volume."""
+
+    parameters: int
+    tokens: int
+    forward_tflop: float
+    training_tflop: float
+    """Forward and backward; recomputation adds another forward."""
+    activation_gib: float
+    """Kept for backward."""
+    checkpointed_gib: float
+    """The same with activation checkpointing: block inputs, and the insides of the largest one."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model's cost."""
+
+    image_size: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    vision: TowerCost
+    text_parameters: int
+    total_parameters: int
+    trainable_parameters: int
+
+    def largest_batch(self, memory_gib: float, checkpointing: bool = False) -> int:
+        """Volumes per step that fit a card, beside fp32 weights, gradients and Adam's moments.
+
+        A tenth of the card is left to the framework and to transients; text activations, small
+        beside a volume's, are in that tenth too.
+        """
+        state = ADAM_BYTES_PER_PARAMETER * self.trainable_parameters
+        state += 4 * (self.total_parameters - self.trainable_parameters)
+        volume = self.vision.checkpointed_gib if checkpointing else self.vision.activation_gib
+        return max(int((0.9 * memory_gib - state / GIB) / volume), 0)
+
+
+def describe(
+    config: ModelConfig,
+    image_size: tuple[int, int, int],
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Description:
+    """Work out what a model costs on volumes of a size.
+
+    Args:
+        config: The model. A BERT that goes by a name is taken for a BERT-base.
+        image_size: Voxels (D, H, W).
+        precision: Of the activations. Autocast lies between the two, nearer to bf16.
+    """
+    text = config.text
+    hf_config = small_bert(text) if text.name_or_path is None else CXR_BERT_CONFIG
+    with torch.device("meta"):
+        model = build_model(config, hf_config=hf_config)
+        set_trainable(model.text, text)
+    tower = config.ctvit or config.vision
+    grid = tower.grid(image_size)
+    total = sum(p.numel() for p in model.parameters())
+    text_parameters = sum(p.numel() for p in model.text.parameters())
+    return Description(
+        image_size=image_size,
+        grid=grid,
+        vision=_cost(model, config.channels, image_size, grid, precision),
+        text_parameters=text_parameters,
+        total_parameters=total,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def table(description: Description, cards_gib: tuple[float, ...] = (24, 40, 80)) -> RenderableType:
+    """A description for a terminal (the command ``ctclip-describe``)."""
+    cost, d = description.vision, description
+    rows = Table(show_header=False, title="x".join(map(str, d.image_size)))
+    for name, value in (
+        ("parameters", f"{d.total_parameters / 1e6:.1f} M"),
+        ("  volume tower", f"{cost.parameters / 1e6:.1f} M"),
+        ("  text tower", f"{d.text_parameters / 1e6:.1f} M"),
+        ("tokens", f"{' x '.join(map(str, d.grid))} = {cost.tokens:,}"),
+        ("FLOP forward", f"{cost.forward_tflop:.3f} T a volume"),
+        ("FLOP training", f"{cost.training_tflop:.3f} T a volume"),
+        ("activations", f"{cost.activation_gib:.2f} GiB a volume"),
+        ("  with checkpointing", f"{cost.checkpointed_gib:.2f} GiB a volume"),
+    ):
+        rows.add_row(name, value)
+    for card in cards_gib:
+        plain, saving = d.largest_batch(card), d.largest_batch(card, checkpointing=True)
+        rows.add_row(f"largest batch, {card:g} GiB", f"{plain}, with checkpointing {saving}")
+    return rows
+
+
+def _cost(
+    model: CTCLIP,
+    channels: int,
+    image_size: tuple[int, int, int],
+    grid: tuple[int, int, int],
+    precision: Literal["fp32", "bf16"],
+) -> TowerCost:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    visual = model.visual.to(dtype)
+    image = torch.zeros(1, channels, *image_size, device="meta", dtype=dtype)
+    with _fused_attention() as attention:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            visual.eval()(image)
+        forward = _flops(counter) + attention.flops
+        attention.flops = 0.0
+        kept = _Kept(visual)
+        with FlopCounterMode(display=False) as counter:
+            with kept.counting():
+                output = visual.train()(image)
+            output.sum().backward()
+        training = _flops(counter) + attention.flops
+        visual.set_grad_checkpointing()
+        outside = _Kept(visual)
+        with outside.counting():
+            visual(image)
+    return TowerCost(
+        parameters=sum(p.numel() for p in visual.parameters()),
+        tokens=grid[0] * grid[1] * grid[2],
+        forward_tflop=forward / 1e12,
+        training_tflop=training / 1e12,
+        activation_gib=kept.bytes / GIB,
+        checkpointed_gib=(outside.bytes + kept.largest_part) / GIB,
+    )
+
+
+def _flops(counter: FlopCounterMode) -> float:
+    """A counter's total; a convolution's backward is two of its forward.
+
+    PyTorch's own count of it takes depth-wise convolutions for dense ones.
+    """
+    counts = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
+    if "aten.convolution_backward" in counts:
+        counts["aten.convolution_backward"] = 2 * counts["aten.convolution"]
+    return float(sum(counts.values()))
+
+
+class _Kept:
+    """Counts the bytes that autograd keeps for backward, parameters and buffers aside."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.tower = tower
+        self.bytes = 0
+        self.largest_part = 0
+        self._seen = {t.untyped_storage()._cdata for t in (*tower.parameters(), *tower.buffers())}
+        self._alive: list[Tensor] = []
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(tensor)  # so that its storage's address isn't used again
+            self.bytes += storage.nbytes()
+        return tensor
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what a forward pass inside keeps, in all and in each block."""
+        before: dict[nn.Module, int] = {}
+
+        def enter(module: nn.Module, _inputs: object) -> None:
+            before[module] = self.bytes
+
+        def leave(module: nn.Module, _inputs: object, _output: object) -> None:
+            self.largest_part = max(self.largest_part, self.bytes - before[module])
+
+        parts = [m for m in self.tower.modules() if type(m).__name__ == "Block"]
+        hooks = [part.register_forward_pre_hook(enter) for part in parts]
+        hooks += [part.register_forward_hook(leave) for part in parts]
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+        for hook in hooks:
+            hook.remove()
+
+
+class _Attention(torch.autograd.Function):
+    """Stands for the fused kernel, which on the meta device would fall apart into its steps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _FusedAttention:
+    """Replaces ``F.scaled_dot_product_attention`` and adds up its FLOPs."""
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **_options: object) -> Tensor:
+        batch, heads, queries, width = q.shape
+        product = 2.0 * batch * heads * queries * k.shape[-2] * width
+        # Two products forward; backward makes the first again and four for the gradients.
+        self.flops += product * (7 if torch.is_grad_enabled() else 2)
+        return _Attention.apply(q, k, v)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[_FusedAttention]:
+    original, counting = F.scaled_dot_product_attention, _FusedAttention()
+    F.scaled_dot_product_attention = counting  # type: ignore[assignment]
+    try:
+        yield counting
+    finally:
+        F.scaled_dot_product_attention = original

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctclip.models.ctclip import ModelConfig, build_model
+from ctclip.models.ctvit import CTViTConfig
+from ctclip.models.describe import describe, table
+from ctclip.models.text import TextConfig
+from ctclip.models.vit3d import VisionConfig
+
+TEXT = TextConfig(name_or_path=None, width=32, layers=1, heads=2, context_length=64)
+CONFIG = ModelConfig(
+    embed_dim=24,
+    vision=VisionConfig(size="tiny", width=48, heads=2, patch=(4, 8, 8), stem="linear"),
+    text=TEXT,
+)
+SIZE = (16, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def description():
+    return describe(CONFIG, SIZE)
+
+
+def test_counts_are_those_of_the_model(description):
+    model = build_model(CONFIG)
+
+    assert description.total_parameters == sum(p.numel() for p in model.parameters())
+    assert description.vision.parameters == sum(p.numel() for p in model.visual.parameters())
+    assert description.grid == (4, 4, 4)
+    assert description.vision.tokens == 64
+
+
+def test_flops_are_those_of_a_real_forward(description):
+    tower = build_model(CONFIG).visual.eval()
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(torch.zeros(1, 1, *SIZE))
+
+    assert description.vision.forward_tflop == pytest.approx(counter.get_total_flops() / 1e12)
+    assert 2.5 < description.vision.training_tflop / description.vision.forward_tflop < 3.5
+
+
+def test_memory_is_what_a_real_pass_keeps(description):
+    """Up to what the CPU's attention kernel keeps for itself."""
+    tower, kept = build_model(CONFIG).visual.train(), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tower(torch.zeros(1, 1, *SIZE))
+    weights = {p.data_ptr() for p in tower.parameters()}
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+    assert description.vision.activation_gib * 2**30 == pytest.approx(real, rel=0.05)
+
+
+def test_checkpointing_and_short_floats_save_memory(description):
+    half = describe(CONFIG, SIZE, precision="bf16")
+
+    assert description.vision.checkpointed_gib < description.vision.activation_gib
+    assert half.vision.activation_gib == pytest.approx(
+        description.vision.activation_gib / 2, rel=0.1
+    )
+
+
+def test_a_larger_card_takes_a_larger_batch(description):
+    batches = [description.largest_batch(gib) for gib in (0.0, 1.0, 24.0, 80.0)]
+
+    assert batches[0] == 0
+    assert batches == sorted(batches)
+    assert description.largest_batch(24, checkpointing=True) > description.largest_batch(24)
+
+
+def test_ct_clips_tower_costs_what_was_measured_of_it():
+    """0.967 TFLOP were counted on the original; 0.177 of them recomputed one small table."""
+    description = describe(ModelConfig(ctvit=CTViTConfig(), text=TEXT), (240, 480, 480))
+
+    assert description.vision.tokens == 13_824
+    assert description.vision.forward_tflop == pytest.approx(0.9667 - 0.1773, rel=0.01)
+    assert description.vision.checkpointed_gib < 52.1 / 8 / 4, "a quarter of the original's"
+
+
+def test_a_description_can_be_printed(description):
+    console = Console(record=True, quiet=False, width=80)
+    with console.capture() as capture:
+        console.print(table(description))
+
+    assert "largest batch, 24 GiB" in capture.get()
