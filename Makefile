@@ -5,8 +5,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
-QUERY ?= first
+QUERY ?= phantom_00000_a
 
+# A port of this run's own, so that two runs on one machine don't meet.
+PORT := $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -26,6 +28,16 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[dev]"
 	touch $@
+
+# Every step skips what is done and goes on where it was interrupted; read them as the manual.
+quickstart: $(INSTALLED)
+	$(BIN)/ctclip-phantom --config configs/phantom/quickstart.yaml --out $(RUN)/phantoms
+	$(BIN)/ctclip-prepare --config configs/prepare/quickstart.yaml --source $(RUN)/phantoms/manifest.csv --out $(RUN)/cohort
+	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 --master_port $(PORT) train/pretrain.py --config configs/pretrain/quickstart.yaml cohort=$(RUN)/cohort out=$(RUN)/train
+	$(BIN)/python eval/zero_shot.py --ckpt $(RUN)/train/model.safetensors --cohort $(RUN)/cohort --split test --out $(RUN)/zero_shot
+	$(BIN)/python eval/export_embeddings.py --ckpt $(RUN)/train/model.safetensors --cohort $(RUN)/cohort --split test --out $(RUN)/archive
+	$(BIN)/python eval/similar.py --table $(RUN)/archive/volumes.parquet --study $(QUERY) --cohort $(RUN)/cohort --out $(RUN)/similar
+	$(BIN)/ctclip-summary --run $(RUN)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
