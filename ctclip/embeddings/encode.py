@@ -55,11 +55,27 @@ def embed_file(
     Returns:
         Two ``(E,)`` float32 vectors: to compare with prompts, and with whole reports.
     """
-    import torch
-
     from ctclip.data import volume
 
     hu = volume.preprocess(volume.read(Path(path)), checkpoint.volume_config)
+    return embed_voxels(checkpoint, hu, device=device)
+
+
+def embed_voxels(
+    checkpoint: "Checkpoint", hu: np.ndarray, *, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embed one preprocessed scan.
+
+    Args:
+        checkpoint: The model.
+        hu: ``(D, H, W)`` int16, as ``ctclip.data.volume.preprocess`` makes it.
+        device: For example ``"cuda:0"``.
+
+    Returns:
+        Two ``(E,)`` float32 vectors: to compare with prompts, and with whole reports.
+    """
+    import torch
+
     with torch.inference_mode():
         model = checkpoint.model.to(device).eval()
         prompt, report = encode_batch(checkpoint, model, torch.from_numpy(hu)[None].to(device))

@@ -37,6 +37,11 @@ class Scanner:
         self._vectors = prompt_sets.encode_prompts(checkpoint, self.prompts)
         self._scale = float(checkpoint.model.logit_scale.detach().exp().clamp(max=100).item())
 
+    @property
+    def prompt_vectors(self) -> np.ndarray:
+        """``(18, 2, E)`` L2-normalised: each finding's present and absent prompt."""
+        return self._vectors
+
     def embed(self, path: str | Path) -> np.ndarray:
         """Embed a scan (NIfTI file or DICOM folder): ``(E,)`` float32, L2-normalised.
 

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LUNG_HU = (-1350.0, 150.0)
 SOFT_TISSUE_HU = (-160.0, 240.0)
@@ -31,13 +35,17 @@ class Panel:
 
 
 def save(panels: Sequence[Panel], path: str | Path) -> None:
+    """Draw the panels into a PNG or PDF file; see :func:`draw`."""
+    draw(panels).savefig(path, dpi=100)
+
+
+def draw(panels: Sequence[Panel]) -> "Figure":
     """Draw one column per case: axial in the lung and soft-tissue windows, and coronal.
 
     Radiological view: the patient's left is on the right, anterior is up.
 
     Args:
         panels: The query first.
-        path: PNG file.
     """
     from matplotlib.figure import Figure
 
@@ -58,7 +66,7 @@ def save(panels: Sequence[Panel], path: str | Path) -> None:
         axes[2, column].set_xlabel(_findings(panel), fontsize=7, loc="left")
     for row, label in enumerate(("axial, lung", "axial, soft tissue", "coronal, lung")):
         axes[row, 0].set_ylabel(label, fontsize=8)
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 def _views(

@@ -12,6 +12,9 @@ from ctclip.findings import FINDINGS
 UNKNOWN_LABEL = -1
 """How the index stores a finding that nobody annotated."""
 
+FILTER_FIELDS = ("sex", "age", "date", "hospital", "manufacturer")
+"""The table's fields that can be filtered by."""
+
 AGE_COLUMN = "age_years"
 """The index's numeric copy of the field ``age``; negative where it is unknown."""
 
@@ -57,8 +60,7 @@ class Filter:
     @property
     def fields(self) -> list[str]:
         """The table's fields that this filter reads."""
-        names = ("sex", "age", "date", "hospital", "manufacturer")
-        return [name for name in names if getattr(self, name)]
+        return [name for name in FILTER_FIELDS if getattr(self, name)]
 
     def mask(self, table: EmbeddingTable) -> np.ndarray:
         """``(N,)`` bool: which rows pass.

@@ -32,7 +32,16 @@ from ctclip.retrieval.filters import (
     require_fields,
 )
 from ctclip.retrieval.question import Background
-from ctclip.retrieval.search import Hit, Query, check_query, collapse, project, similarities
+from ctclip.retrieval.reference import Reference
+from ctclip.retrieval.search import (
+    Hit,
+    Query,
+    check_query,
+    collapse,
+    distinct_values,
+    project,
+    similarities,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +118,7 @@ class MilvusArchive:
         """
         if table.kind != "volume":
             raise EmbeddingError("only volumes are searched; this is a table of reports")
+        reference = Reference.of(table)
         client = _connect(str(uri), token)
         try:
             header = {
@@ -117,8 +127,10 @@ class MilvusArchive:
                 "fields": list(table.fields),
                 "width": table.width,
                 "has_scores": table.scores is not None,
+                "values": distinct_values(table.fields),
                 "index": index or ("FLAT" if _is_file(str(uri)) else "HNSW"),
                 "background": asdict(background or Background.of(table)),
+                "reference": asdict(reference) if reference else None,
                 "transform": (
                     base64.b64encode(table.transform.to_bytes()).decode() if table.transform else ""
                 ),
@@ -232,6 +244,11 @@ class MilvusArchive:
             self.name, filter=expression, output_fields=["study_id"], limit=MAX_LIMIT
         )
         return sorted({row["study_id"] for row in rows if containing in row["study_id"]})[:limit]
+
+    def values(self) -> dict[str, list[str]]:
+        """The fields that a filter may read, with their values when the archive was built."""
+        values: dict[str, list[str]] = self._header["values"]
+        return values
 
     def project(
         self, vector: np.ndarray, provenance: Mapping[str, str], kind: Kind = "volume"
@@ -350,6 +367,8 @@ class MilvusArchive:
         self.has_scores: bool = self._header["has_scores"]
         self.index: IndexType = self._header["index"]
         self.background = Background(**self._header["background"])
+        reference = self._header["reference"]
+        self.reference = Reference(**reference) if reference else None
         packed = self._header["transform"]
         self.transform = Transform.from_bytes(base64.b64decode(packed)) if packed else None
 

@@ -12,7 +12,10 @@ import numpy as np
 
 from ctclip.embeddings import EmbeddingError, EmbeddingTable, Transform
 from ctclip.embeddings.table import Kind, require_same_space
-from ctclip.retrieval.filters import Filter
+from ctclip.retrieval.filters import FILTER_FIELDS, Filter
+
+CHOICE_FIELDS = ("sex", "hospital", "manufacturer")
+MAX_CHOICES = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +76,16 @@ class Archive(Protocol):
     ) -> np.ndarray:
         """Bring a model's output into the archive's space."""
         ...
+
+    def studies(self, containing: str = "", limit: int = 50) -> list[str]:
+        """Studies whose identifier contains a text, in order."""
+        ...
+
+    def values(self) -> dict[str, list[str]]:
+        """The fields that a filter may read, with their values where they are few."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 class MemoryArchive:
@@ -135,6 +148,17 @@ class MemoryArchive:
         """
         return project(vector, provenance, kind, self.table.provenance, self.table.transform)
 
+    def studies(self, containing: str = "", limit: int = 50) -> list[str]:
+        """Studies whose identifier contains a text, in order, at most ``limit``."""
+        return sorted({study for study in self.table.study_id if containing in study})[:limit]
+
+    def values(self) -> dict[str, list[str]]:
+        """The fields that a filter may read, with their values where they are few."""
+        return distinct_values(self.table.fields)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
     def _hit(self, row: int, similarity: float, query: Query) -> Hit:
         table = self.table
         return Hit(
@@ -147,6 +171,16 @@ class MemoryArchive:
             scores=None if table.scores is None else table.scores[row],
             is_ordinary=query.ordinary is not None and similarity <= query.ordinary,
         )
+
+
+def distinct_values(fields: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Values to choose from, for fields that are chosen from; others are ranges or not filtered."""
+    found = {}
+    for name in FILTER_FIELDS:
+        if name in fields:
+            values = sorted(set(fields[name]) - {""}) if name in CHOICE_FIELDS else []
+            found[name] = values[:MAX_CHOICES]
+    return found
 
 
 def similarities(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -1,0 +1,225 @@
+"""A stranger's upload → voxels, without trusting it.
+
+Nothing of an upload's names is used: its kind is told by its first bytes, and an archive's members
+are written under numbers. Parsing happens in a child process with its own memory and time limit,
+so that a file that crashes a decoder or eats memory takes nobody else down.
+"""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ctclip.data.volume import VolumeConfig
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+MAX_RATIO = 100
+"""Compression that no image data reaches; DICOM stays below 10."""
+
+CHILD = "from ctclip.retrieval.intake import read_as_child; read_as_child()"
+REFUSED = 3
+"""Exit status of a child that says why it can't use a scan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one upload may cost."""
+
+    upload_mib: int = 1024
+    unpacked_mib: int = 4096
+    files: int = 5000
+    memory_mib: int = 12_000
+    """For reading and resampling one scan."""
+
+    read_s: float = 300.0
+    upload_s: float = 600.0
+    waiting: int = 64
+    """Uploads that may wait; more are told to come back."""
+
+
+class UploadError(ValueError):
+    """An upload that can't be used; ``code`` is stable, the text is for its sender."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+def prepare(upload: Path, folder: Path, config: "VolumeConfig", limits: Limits) -> np.ndarray:
+    """Read an uploaded file and preprocess it.
+
+    Args:
+        upload: The received bytes.
+        folder: Empty scratch folder.
+        config: The model's preprocessing.
+        limits: Its cost.
+
+    Returns:
+        ``(D, H, W)`` int16 HU.
+
+    Raises:
+        UploadError: If it is no usable scan.
+    """
+    head = _head(upload)
+    if head.startswith(b"PK\x03\x04"):
+        source = unpack(upload, folder / "unpacked", limits)
+    elif head.startswith(b"\x1f\x8b"):
+        source = upload.rename(folder / "scan.nii.gz")
+    elif head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] == b"n+2\0":
+        source = upload.rename(folder / "scan.nii")
+    elif head[128:132] == b"DICM":
+        (folder / "unpacked").mkdir()
+        upload.rename(folder / "unpacked" / "000000.dcm")
+        source = folder / "unpacked"
+    else:
+        raise UploadError(
+            "not-a-scan", "neither NIfTI (.nii, .nii.gz) nor DICOM (a zip of one series)"
+        )
+    return _read_in_child(source, folder / "voxels.npy", config, limits)
+
+
+def unpack(archive: Path, folder: Path, limits: Limits) -> Path:
+    """Unpack a zip under our own file names.
+
+    Returns:
+        The folder, or the one NIfTI file inside.
+
+    Raises:
+        UploadError: If it is damaged, encrypted, holds links, or is more than the limits allow.
+    """
+    folder.mkdir(parents=True)
+    left = limits.unpacked_mib << 20
+    try:
+        with zipfile.ZipFile(archive) as container:
+            members = [member for member in container.infolist() if not member.is_dir()]
+            if len(members) > limits.files:
+                raise UploadError(
+                    "too-many-files", f"{len(members)} files; at most {limits.files} are accepted"
+                )
+            for number, member in enumerate(members):
+                _check_member(member)
+                left -= _extract(container, member, folder / f"{number:06d}", left)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        raise UploadError("bad-archive", f"the zip file is damaged ({_plain(error)})") from None
+    volumes = [path for path in folder.iterdir() if _nifti_suffix(path)]
+    if len(volumes) == 1:
+        return volumes[0].rename(folder / f"scan{_nifti_suffix(volumes[0])}")
+    if not any(folder.iterdir()):
+        raise UploadError("bad-archive", "the zip file is empty")
+    return folder
+
+
+def _check_member(member: zipfile.ZipInfo) -> None:
+    kind = (member.external_attr >> 16) & 0o170000
+    if kind not in (0, 0o100000):
+        raise UploadError("bad-archive", "the zip file holds a link or a device, not only files")
+    if member.flag_bits & 1:
+        raise UploadError("bad-archive", "the zip file is encrypted; send it without a password")
+    if member.file_size > CHUNK_BYTES and member.file_size > MAX_RATIO * member.compress_size:
+        raise UploadError("bomb", "the zip file unpacks to far more than any scan does")
+
+
+def _extract(container: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, left: int) -> int:
+    """Write one member; counted while it unpacks, because a header may lie about its size."""
+    written = 0
+    with container.open(member) as source, path.open("wb") as target:
+        while chunk := source.read(CHUNK_BYTES):
+            written += len(chunk)
+            if written > left:
+                raise UploadError("bomb", "the zip file unpacks to more than is accepted")
+            target.write(chunk)
+    return written
+
+
+def _nifti_suffix(path: Path) -> str:
+    head = _head(path)
+    if head.startswith(b"\x1f\x8b"):
+        return ".nii.gz"
+    return ".nii" if head[344:347] == b"n+1" else ""
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(352)
+
+
+def _read_in_child(source: Path, out: Path, config: "VolumeConfig", limits: Limits) -> np.ndarray:
+    job = {
+        "source": str(source),
+        "out": str(out),
+        "config": asdict(config),
+        "memory_mib": limits.memory_mib,
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limits.read_s,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UploadError(
+            "too-slow", f"reading the scan took more than {limits.read_s:.0f} s"
+        ) from None
+    if child.returncode == REFUSED:
+        reason = json.loads(child.stdout.splitlines()[-1])
+        raise UploadError(reason["code"], reason["detail"])
+    if child.returncode != 0 or not out.is_file():
+        logger.warning("the reader of an upload ended with status %d", child.returncode)
+        raise UploadError("unreadable", "the scan could not be decoded; the file may be damaged")
+    return np.load(out, allow_pickle=False)
+
+
+def read_as_child() -> None:
+    """Entry point of the reading process: a job on stdin, voxels or a reason back."""
+    import psutil
+
+    from ctclip.config import from_dict
+    from ctclip.data import volume
+
+    job = json.loads(sys.stdin.read())
+    ceiling = psutil.Process().memory_info().vms + (job["memory_mib"] << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    config = from_dict(volume.VolumeConfig, job["config"])
+    source = Path(job["source"])
+    try:
+        hu = volume.preprocess(volume.read(source), config)
+    except volume.VolumeError as error:
+        _refuse(error.code, error.detail.replace(str(source.parent), "").replace(source.name, ""))
+    except MemoryError:
+        _refuse("too-large", "the scan needs more memory than is allowed")
+    np.save(job["out"], hu)
+
+
+def _refuse(code: str, detail: str) -> None:
+    sys.stdout.write(json.dumps({"code": code, "detail": detail}) + "\n")  # read by the parent
+    raise SystemExit(REFUSED)
+
+
+def _plain(error: Exception) -> str:
+    """An error's text without the server's paths."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:100]
+
+
+def discard(folder: Path) -> None:
+    """Delete an upload and all that was made of it."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""The bodies of ``ctclip-index`` and ``ctclip-page``."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ctclip.embeddings import EmbeddingTable
+from ctclip.embeddings.transform import fit
+from ctclip.retrieval.index import MilvusArchive
+from ctclip.retrieval.page import ServeConfig, serve
+from ctclip.retrieval.question import Background
+from ctclip.retrieval.reference import Reference
+from ctclip.retrieval.search import Archive, MemoryArchive
+from ctclip.retrieval.service import CaseService, Scorer, with_scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """What to do with an index, and where it is."""
+
+    action: Literal["build", "insert", "withdraw", "backup", "info"]
+    uri: str
+    """A file (``archive.db``) or a Milvus server (``http://host:19530``)."""
+
+    name: str = "ctclip"
+    token: str = ""
+    table: Path | None = None
+    """``volumes.parquet``: what to build from or insert."""
+
+    reports: Path | None = None
+    """``reports.parquet``: tells which similarity to a text is ordinary."""
+
+    transform: Literal["none", "centre", "whiten"] = "none"
+    """Fitted on the table's training split when building (on all rows where there is none)."""
+
+    index: Literal["FLAT", "HNSW"] | None = None
+    patients: tuple[str, ...] = ()
+    """Whom to withdraw."""
+
+    out: Path | None = None
+    """Where a backup goes."""
+
+
+def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
+    """Build or change an index, and say what it holds.
+
+    Args:
+        config: What to do.
+        scorer: Adds zero-shot scores to a table that has none.
+
+    Raises:
+        ValueError: If the action lacks its input.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if config.action == "build":
+        table, background = _prepared(config, scorer)
+        archive = MilvusArchive.build(
+            config.uri,
+            table,
+            background=background,
+            index=config.index,
+            name=config.name,
+            token=config.token,
+        )
+    else:
+        archive = MilvusArchive(config.uri, config.name, config.token)
+    with archive:
+        if config.action == "insert":
+            table = EmbeddingTable.load(_needed(config.table, "table"))
+            if archive.has_scores and scorer is not None:
+                table = with_scores(table, scorer)
+            if archive.transform is not None and table.transform is None:
+                table = table.transformed(archive.transform)
+            archive.insert(table)
+        elif config.action == "withdraw":
+            if not config.patients:
+                raise ValueError("name the patients to withdraw: patients=[p1,p2]")
+            removed = archive.withdraw(config.patients)
+            console.print(f"removed {removed} volumes of {len(config.patients)} patients")
+        elif config.action == "backup":
+            num_volumes = archive.backup(_needed(config.out, "out"))
+            console.print(f"wrote {num_volumes} volumes to {config.out}")
+        console.print(
+            f"{config.uri} ({archive.index}): {len(archive)} volumes of width {archive.width}, "
+            f"fields {', '.join(archive.fields) or 'none'}, scores {archive.has_scores}, "
+            f"model {archive.provenance.get('checkpoint', '?')[:12]}"
+        )
+
+
+def _prepared(config: IndexConfig, scorer: Scorer | None) -> tuple[EmbeddingTable, Background]:
+    table = EmbeddingTable.load(_needed(config.table, "table"))
+    reports = EmbeddingTable.load(config.reports) if config.reports else None
+    if scorer is not None:
+        table = with_scores(table, scorer)
+    if config.transform != "none":
+        has_train = "train" in table.split
+        texts = None
+        if reports is not None:
+            training = reports.of_split("train") if "train" in reports.split else reports
+            texts = training.vectors_for_reports
+        fitted_on = table.of_split("train") if has_train else table
+        transform = fit(fitted_on.vectors_for_reports, texts, whiten=config.transform == "whiten")
+        table = table.transformed(transform)
+        reports = reports.transformed(transform) if reports is not None else None
+    return table, Background.of(table, reports)
+
+
+def _needed(path: Path | None, name: str) -> Path:
+    if path is None:
+        raise ValueError(f"this needs {name}=<path>")
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """What the page searches and shows. Give an index or a table."""
+
+    index: str | None = None
+    """URI of an index that ctclip-index built."""
+
+    index_name: str = "ctclip"
+    index_token: str = ""
+    table: Path | None = None
+    """``volumes.parquet``, searched in memory."""
+
+    reports: Path | None = None
+    """``reports.parquet`` beside ``table``."""
+
+    cohort: Path | None = None
+    """Prepared cohort with the archive's volumes, to look at them."""
+
+    state: Path | None = None
+    """Folder for permanent results; without it links end with the process."""
+
+    device: str = "cpu"
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def __post_init__(self) -> None:
+        if (self.index is None) == (self.table is None):
+            raise ValueError("give either index=<uri> or table=<volumes.parquet>")
+
+
+def make_service(config: PageConfig, scorer: Scorer) -> CaseService:
+    """Open the archive and put the model in front of it."""
+    from ctclip.data.cache import PreparedCohort
+
+    cohort = PreparedCohort.open(config.cohort) if config.cohort else None
+    archive: Archive
+    if config.index is not None:
+        store = MilvusArchive(config.index, config.index_name, config.index_token)
+        archive, background, reference = store, store.background, store.reference
+    else:
+        assert config.table is not None
+        table = with_scores(EmbeddingTable.load(config.table), scorer)
+        reports = EmbeddingTable.load(config.reports) if config.reports else None
+        archive, background = MemoryArchive(table), Background.of(table, reports)
+        reference = Reference.of(table)
+    return CaseService(
+        archive,
+        scorer,
+        cohort=cohort,
+        background=background,
+        reference=reference,
+        state=config.state,
+        device=config.device,
+    )
+
+
+def run_page(config: PageConfig, scorer: Scorer) -> None:
+    """Serve the page until interrupted."""
+    serve(make_service(config, scorer), config.serve)

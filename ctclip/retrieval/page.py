@@ -1,0 +1,367 @@
+"""The page over HTTP: FastAPI routes around :class:`CaseService`, and what keeps them safe.
+
+Handles in addresses are random; identifiers, texts and filters travel in bodies. Requests of other
+sites are refused: by their ``Host``, and by a header that only our own script sends.
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from ctclip.embeddings import EmbeddingError
+from ctclip.findings import FINDINGS
+from ctclip.retrieval import handout, intake
+from ctclip.retrieval.audit import AuditLog
+from ctclip.retrieval.intake import Limits, UploadError
+from ctclip.retrieval.service import CaseService, NotFoundError, parse
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+COOKIE = "ctclip_token"
+OWN_HEADER = "x-ctclip"
+MAX_QUESTION_BYTES = 64 << 10
+KEPT_JOBS = 1000
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "connect-src 'self' data: blob:; worker-src 'self' blob:; font-src 'self' data:; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+Next = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How the page is served."""
+
+    host: str = "127.0.0.1"
+    """Anything but loopback demands a token."""
+
+    port: int = 8765
+    token: str | None = None
+    """What a user has to enter; made up and shown once when the host isn't loopback."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which users reach the page, beside the host itself."""
+
+    user_header: str | None = None
+    """Header in which a reverse proxy names the user, for the audit log."""
+
+    audit_log: Path | None = None
+    """File that records every query; None records nothing."""
+
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass
+class Job:
+    """An upload on its way."""
+
+    state: str = "waiting"
+    scan: str | None = None
+    code: str | None = None
+    detail: str | None = None
+
+
+class Jobs:
+    """Uploads are read one after the other: two cores don't read two scans faster."""
+
+    def __init__(self, service: CaseService, limits: Limits) -> None:
+        self._service, self._limits = service, limits
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def waiting(self) -> int:
+        """How many uploads haven't finished."""
+        with self._lock:
+            return sum(job.state not in ("done", "failed") for job in self._jobs.values())
+
+    def submit(self, upload: Path, folder: Path) -> str:
+        """Read, analyse and delete an upload; returns the job's handle at once."""
+        handle, job = secrets.token_urlsafe(16), Job()
+        with self._lock:
+            self._jobs[handle] = job
+            while len(self._jobs) > KEPT_JOBS:
+                self._jobs.popitem(last=False)
+        self._pool.submit(self._run, job, upload, folder)
+        return handle
+
+    def get(self, handle: str) -> Job:
+        """A job by its handle.
+
+        Raises:
+            NotFoundError: If there is none.
+        """
+        with self._lock:
+            if handle not in self._jobs:
+                raise NotFoundError("no such upload")
+            return self._jobs[handle]
+
+    def _run(self, job: Job, upload: Path, folder: Path) -> None:
+        config = self._service.scorer.checkpoint.volume_config
+        try:
+            job.state = "reading"
+            voxels = intake.prepare(upload, folder, config, self._limits)
+            job.state = "analysing"
+            job.scan = self._service.analyse(voxels)
+            job.state = "done"
+        except (UploadError, ValueError, OSError, RuntimeError, MemoryError) as error:
+            job.code = error.code if isinstance(error, UploadError) else "unreadable"
+            detail = str(error) if isinstance(error, UploadError) else "analysing the scan failed"
+            job.detail, job.state = detail, "failed"
+            logger.warning("an upload was refused: %s (%s)", job.code, type(error).__name__)
+        finally:
+            intake.discard(folder)
+
+
+def build(service: CaseService, config: ServeConfig) -> FastAPI:
+    """The application.
+
+    Args:
+        service: What answers.
+        config: How it is served.
+
+    Raises:
+        ValueError: If the host isn't loopback and no token is set.
+    """
+    if config.host not in LOOPBACK and not config.token:
+        raise ValueError(f"serving on {config.host} needs a token: set token=<at least 16 letters>")
+    jobs = Jobs(service, config.limits)
+    audit = AuditLog(config.audit_log)
+    scratch = tempfile.TemporaryDirectory(prefix="ctclip-page-")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        scratch.cleanup()
+
+    app = FastAPI(
+        title="ctclip", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
+    )
+    app.mount("/web", StaticFiles(directory=handout.WEB), name="web")
+    _guard(app, config)
+
+    @app.exception_handler(NotFoundError)
+    def not_found(_: Request, error: NotFoundError) -> Response:
+        return _problem(404, "not-found", str(error))
+
+    @app.exception_handler(EmbeddingError)
+    @app.exception_handler(ValueError)
+    def refused(_: Request, error: ValueError) -> Response:
+        return _problem(400, "refused", str(error))
+
+    @app.get("/")
+    def index() -> Response:
+        return FileResponse(handout.WEB / "index.html")
+
+    @app.get("/api/info")
+    def info() -> dict[str, Any]:
+        return {
+            "findings": FINDINGS,
+            "fields": service.fields,
+            "size": service.size,
+            "model": service.scorer.checkpoint.sha256[:12],
+            "pictures": service.cohort is not None,
+            "reference": service.reference is not None,
+            "upload_mib": config.limits.upload_mib,
+        }
+
+    @app.post("/api/studies")
+    async def studies(request: Request) -> list[str]:
+        asked = await _json(request)
+        containing = str(asked.get("containing", ""))[:200]
+        return await asyncio.to_thread(service.studies, containing)
+
+    @app.post("/api/scans")
+    async def upload(request: Request) -> dict[str, str]:
+        if jobs.waiting() >= config.limits.waiting:
+            raise HTTPException(429, "many scans are waiting; try again in some minutes")
+        folder = Path(tempfile.mkdtemp(dir=scratch.name))
+        is_complete = False
+        try:
+            receiving = _receive(request, folder / "upload", config.limits.upload_mib << 20)
+            await asyncio.wait_for(receiving, config.limits.upload_s)
+            is_complete = True
+        except asyncio.TimeoutError:
+            raise HTTPException(408, "the upload took too long") from None
+        finally:
+            if not is_complete:
+                intake.discard(folder)
+        return {"job": jobs.submit(folder / "upload", folder)}
+
+    @app.get("/api/scans/{handle}")
+    def job(handle: str) -> dict[str, Any]:
+        return vars(jobs.get(handle))
+
+    @app.post("/api/search")
+    async def search(request: Request) -> dict[str, Any]:
+        asked = await _json(request)
+        user = _user(request, config)
+        question = parse(asked)
+        result = await asyncio.to_thread(service.ask, question)
+        kinds = [k for k in ("scan", "study", "text", "more", "less") if asked.get(k)]
+        what = {"by": kinds, "study": question.study, "where": asked.get("where", {})}
+        audit.record(user, what, [hit["study"] for hit in result["hits"]])
+        return result
+
+    @app.get("/api/results/{handle}")
+    def result(handle: str) -> dict[str, Any]:
+        return service.result(handle)
+
+    @app.get("/api/results/{handle}/{case}/volume.nii.gz")
+    def volume(handle: str, case: str) -> Response:
+        return Response(service.volume(handle, _case(case)), media_type="application/octet-stream")
+
+    @app.get("/api/results/{handle}/{case}/thumbnail.png")
+    def thumbnail(handle: str, case: str) -> Response:
+        return Response(service.thumbnail(handle, _case(case)), media_type="image/png")
+
+    @app.get("/api/results/{handle}/{case}/heat-{finding}.nii.gz")
+    def heat_map(handle: str, case: str, finding: int) -> Response:
+        data = service.heat_map(handle, _case(case), finding)
+        return Response(data, media_type="application/octet-stream")
+
+    @app.get("/api/results/{handle}/result.html")
+    def as_html(handle: str, language: str = "en") -> Response:
+        text = handout.as_html(service, handle, "zh" if language == "zh" else "en")
+        headers = {"Content-Disposition": 'attachment; filename="similar-cases.html"'}
+        return Response(text, media_type="text/html", headers=headers)
+
+    @app.get("/api/results/{handle}/result.pdf")
+    def as_pdf(handle: str) -> Response:
+        headers = {"Content-Disposition": 'attachment; filename="similar-cases.pdf"'}
+        return Response(
+            handout.as_pdf(service, handle), media_type="application/pdf", headers=headers
+        )
+
+    return app
+
+
+def serve(service: CaseService, config: ServeConfig) -> None:
+    """Serve until interrupted."""
+    import uvicorn
+    from rich.console import Console
+
+    console = Console()
+    if config.host not in LOOPBACK and not config.token:
+        from dataclasses import replace
+
+        config = replace(config, token=secrets.token_urlsafe(24))
+        console.print(f"token (enter it in the browser): {config.token}", highlight=False)
+    app = build(service, config)
+    console.print(f"similar cases: http://{config.host}:{config.port}/  (Ctrl-C ends it)")
+    uvicorn.run(app, host=config.host, port=config.port, access_log=False, log_level="warning")
+
+
+def _guard(app: FastAPI, config: ServeConfig) -> None:
+    """Who may ask: a known host name, our own script, and the token where one is set."""
+    hosts = {config.host, *LOOPBACK, "[::1]", *config.allowed_hosts}
+
+    @app.post("/login")
+    async def login(request: Request) -> Response:
+        given = str((await _json(request)).get("token", ""))
+        if config.token and not hmac.compare_digest(given.encode(), config.token.encode()):
+            await asyncio.sleep(0.5)  # guessing should take long
+            return _problem(401, "token", "this is not the token")
+        response = JSONResponse({"ok": True})
+        response.set_cookie(COOKIE, given, httponly=True, samesite="strict")
+        return response
+
+    @app.middleware("http")
+    async def check(request: Request, call_next: Next) -> Response:
+        refusal = _refusal(request, config, hosts)
+        response = refusal or await call_next(request)
+        for name, value in SECURITY_HEADERS.items():
+            response.headers[name] = value
+        if request.url.path.startswith("/web/"):
+            response.headers["Cache-Control"] = "max-age=3600"
+        return response
+
+
+def _refusal(request: Request, config: ServeConfig, hosts: set[str]) -> Response | None:
+    name = request.headers.get("host", "").rsplit(":", 1)[0].lower()
+    if name not in hosts:
+        return _problem(421, "host", "this page is not served under that name")
+    if request.method not in ("GET", "HEAD") and OWN_HEADER not in request.headers:
+        return _problem(403, "foreign", "the request does not come from this page")
+    is_open = request.url.path in ("/", "/login") or request.url.path.startswith("/web/")
+    if config.token and not is_open:
+        given = request.cookies.get(COOKIE, "")
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not any(
+            hmac.compare_digest(value.encode(), config.token.encode()) for value in (given, bearer)
+        ):
+            return _problem(401, "token", "enter the token first")
+    return None
+
+
+async def _receive(request: Request, path: Path, limit: int) -> None:
+    """Write a body to disk, counting; what the sender claims about its length isn't trusted."""
+    received = 0
+    with path.open("wb") as file:
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > limit:
+                raise HTTPException(413, f"more than {limit >> 20} MiB")
+            file.write(chunk)
+    if received == 0:
+        raise HTTPException(400, "the upload is empty")
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    import json
+
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_QUESTION_BYTES:
+            raise HTTPException(413, "the question is too long")
+    try:
+        value = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise HTTPException(400, "expected a JSON object")
+    return value
+
+
+def _case(text: str) -> int | None:
+    if text == "query":
+        return None
+    if not text.isdecimal() or len(text) > 4:
+        raise NotFoundError("no such case")
+    return int(text)
+
+
+def _user(request: Request, config: ServeConfig) -> str:
+    if config.user_header:
+        return request.headers.get(config.user_header, "unknown")[:200]
+    return "token" if config.token else "local"
+
+
+def _problem(status: int, code: str, detail: str) -> Response:
+    return JSONResponse({"code": code, "detail": detail}, status_code=status)
