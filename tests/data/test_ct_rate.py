@@ -1,0 +1,171 @@
+import math
+
+import numpy as np
+import pytest
+from scans import chest_hu, save, write_csv
+
+from ctclip.data.cache import prepare
+from ctclip.data.ct_rate import read_ct_rate
+from ctclip.data.problems import ManifestError
+from ctclip.data.volume import VolumeConfig
+from ctclip.findings import FINDINGS
+
+SMALL = VolumeConfig(spacing_mm=(10.0, 8.0, 8.0), size=(28, 32, 40))
+NAMES = ("train_1_a_1", "train_1_a_2", "train_2_a_1", "valid_1_a_1")
+REPORT = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
+METADATA = ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
+
+
+def release(root, *, fixed=True, offset=0):
+    """CT-RATE's layout; the first release stores HU + offset."""
+    for i, name in enumerate(NAMES):
+        split = name.split("_")[0] + ("_fixed" if fixed else "")
+        patient, study = "_".join(name.split("_")[:2]), "_".join(name.split("_")[:3])
+        hu = chest_hu(seed=i) + np.int16(offset)
+        save(root / f"dataset/{split}/{patient}/{study}/{name}.nii.gz", hu)
+    tables = root / "dataset"
+    write_csv(
+        tables / "reports.csv",
+        REPORT,
+        [[f"{n}.nii.gz", "Cough.", "Not given.", f"Nodule {n}.", "nan"] for n in NAMES],
+    )
+    write_csv(
+        tables / "labels.csv",
+        ["VolumeName", *reversed(FINDINGS)],
+        [[f"{n}.nii.gz", *([0] * 17), i % 2] for i, n in enumerate(NAMES)],
+    )
+    write_csv(
+        tables / "metadata.csv",
+        [*METADATA, "PatientSex", "PatientAge"],
+        [[f"{n}.nii.gz", 1, -8192, "[5.0, 6.0]", 8.0, "M", "036Y"] for n in NAMES],
+    )
+    return root
+
+
+def test_names_give_patients_studies_and_splits(tmp_path):
+    records, problems = read_ct_rate(release(tmp_path))
+    assert [r.volume_id for r in records] == sorted(NAMES)
+    assert records[1].study_id == records[0].study_id == "train_1_a"
+    assert records[0].patient_id == "train_1"
+    assert [r.split for r in records] == ["train", "train", "train", "valid"]
+    assert [p.code for p in problems if p.status != "noted"] == []
+
+
+def test_sections_are_kept_apart_and_absences_are_not_text(tmp_path):
+    records, _ = read_ct_rate(release(tmp_path))
+    assert records[0].findings == "Nodule train_1_a_1."
+    assert records[0].impression is None
+    assert records[0].meta == {"clinical_information": "Cough.", "sex": "M", "age": "36"}
+
+
+def test_labels_go_by_name_not_by_position(tmp_path):
+    records, _ = read_ct_rate(release(tmp_path))
+    assert [r.labels["Medical material"] for r in records] == [0, 1, 0, 1]
+    assert all(r.labels["Interlobular septal thickening"] == 0 for r in records)
+
+
+@pytest.mark.parametrize(("fixed", "offset"), [(True, 0), (False, 8192)])
+def test_both_releases_give_the_same_hu_with_the_same_table(tmp_path, fixed, offset):
+    records, problems = read_ct_rate(release(tmp_path, fixed=fixed, offset=offset))
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    reference, _ = read_ct_rate(release(tmp_path / "plain"))
+    expected = prepare(reference, tmp_path / "expected", SMALL)
+    for name in NAMES:
+        assert np.array_equal(prepared.read(name), expected.read(name))
+
+
+def test_hu_are_preferred_where_both_releases_are_present(tmp_path):
+    release(tmp_path, fixed=False, offset=8192)
+    records, problems = read_ct_rate(release(tmp_path, fixed=True))
+    assert all("_fixed" in str(r.path) for r in records)
+    assert [p.code for p in problems].count("second-copy") == 4
+
+
+def test_missing_partners_are_listed(tmp_path):
+    release(tmp_path)
+    next(tmp_path.rglob("train_2_a_1.nii.gz")).unlink()
+    write_csv(
+        tmp_path / "dataset/reports.csv",
+        REPORT,
+        [[f"{n}.nii.gz", "", "", "x", ""] for n in NAMES[1:]],
+    )
+    records, problems = read_ct_rate(tmp_path)
+    listed = {(p.code, p.volume_id) for p in problems}
+    assert ("missing-file", "train_2_a_1") in listed
+    assert ("no-report", "train_1_a_1") in listed
+    assert len(records) == 3
+
+
+def test_volumes_listed_as_no_chest_are_refused(tmp_path):
+    release(tmp_path)
+    (tmp_path / "no_chest_valid.txt").write_text("valid_1_a_1.nii.gz\n")
+    records, problems = read_ct_rate(tmp_path)
+    assert "valid_1_a_1" not in {r.volume_id for r in records}
+    assert [p.volume_id for p in problems if p.code == "listed-no-chest"] == ["valid_1_a_1"]
+
+
+def test_the_tables_spacing_is_checked_against_the_file(tmp_path):
+    release(tmp_path)
+    write_csv(
+        tmp_path / "dataset/metadata.csv",
+        METADATA,
+        [[f"{n}.nii.gz", 1, 0, "[5.0, 6.0]", 10.0] for n in NAMES],
+    )
+    records, _ = read_ct_rate(tmp_path)
+    prepared = prepare(records, tmp_path / "out", SMALL)
+    assert (prepared.path / "ledger.csv").read_text().count("spacing-conflict") == 4
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([1, -1024, "[0.7, 0.7", 1.5], "XYSpacing"),
+        ([1, -1024, "__import__('os')", 1.5], "XYSpacing"),
+        ([1, -1024, "[0.7, 0.7]", 0], "spacing of 0"),
+        ([0, -1024, "[0.7, 0.7]", 1.5], "RescaleSlope is 0"),
+        (["x", -1024, "[0.7, 0.7]", 1.5], "not a number"),
+        ([1, "inf", "[0.7, 0.7]", 1.5], "not a number"),
+    ],
+)
+def test_a_bad_metadata_row_is_named_and_never_evaluated(tmp_path, cells, message):
+    release(tmp_path)
+    write_csv(tmp_path / "dataset/metadata.csv", METADATA, [["train_1_a_1.nii.gz", *cells]])
+    with pytest.raises(ManifestError, match=f"line 2: .*{message}"):
+        read_ct_rate(tmp_path)
+
+
+def test_missing_metadata_cells_mean_not_known(tmp_path):
+    release(tmp_path)
+    write_csv(
+        tmp_path / "dataset/metadata.csv",
+        METADATA,
+        [["train_1_a_1.nii.gz", 1, 0, "[5.0, 6.0]", "nan"], ["train_1_a_2.nii.gz", "", "", "", ""]],
+    )
+    records, problems = read_ct_rate(tmp_path)
+    assert records[0].spacing_mm is None
+    assert [p.volume_id for p in problems if p.code == "no-metadata"] == ["train_1_a_2"]
+
+
+def test_a_folder_that_is_not_ct_rate_says_what_was_expected(tmp_path):
+    with pytest.raises(ManifestError, match="expected names like train_1_a_1"):
+        read_ct_rate(tmp_path)
+
+
+def test_a_blank_label_is_not_known(tmp_path):
+    release(tmp_path)
+    write_csv(
+        tmp_path / "dataset/labels.csv",
+        ["VolumeName", *FINDINGS],
+        [["train_1_a_1.nii.gz", *([""] * 18)]],
+    )
+    records, _ = read_ct_rate(tmp_path)
+    assert all(math.isnan(value) for value in records[0].label_row())
+
+
+def test_real_validation_reports_are_read(test_data):
+    from ctclip.data.ct_rate import read_reports
+
+    reports = read_reports(test_data / "data/real/reports/ctrate_valid_reports.csv", [])
+    assert len(reports) > 33
+    assert all(r.findings for r in reports.values())
+    assert not any((r.impression or "").lower().startswith("not given") for r in reports.values())

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from dicoms import write_series
+from scans import chest_hu, cohort, save, write_csv
+
+from ctclip.data.cache import prepare
+from ctclip.data.problems import ManifestError
+from ctclip.data.sources import detect, read_source
+from ctclip.data.volume import VolumeConfig
+
+SMALL = VolumeConfig(spacing_mm=(10.0, 8.0, 8.0), size=(28, 32, 40))
+
+
+def test_sources_are_recognised_by_their_content(tmp_path):
+    manifest = cohort(tmp_path / "own", num=2)
+    save(tmp_path / "rate/x/train_1_a_1.nii.gz")
+    write_csv(tmp_path / "rate/r.csv", ["VolumeName", "Findings_EN"], [["train_1_a_1.nii.gz", "x"]])
+    (tmp_path / "rad").mkdir()
+    write_csv(tmp_path / "rad/l.csv", ["NoteAcc_DEID", "nodule*lung"], [["trn1", 0]])
+    save(tmp_path / "files/a.nii.gz")
+    (tmp_path / "files/broken.csv").write_bytes(b"\xff\xfe")
+    write_series(tmp_path / "dicom", chest_hu((10, 12, 14)))
+    assert detect(manifest) == "manifest"
+    assert detect(tmp_path / "files/a.nii.gz") == "files"
+    names = {"rate": "ct-rate", "rad": "rad-chestct", "files": "files", "dicom": "dicom"}
+    assert {name: detect(tmp_path / name) for name in names} == names
+
+
+def test_plain_files_become_one_patient_each(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    save(tmp_path / "deep/b.nii")
+    records, _ = read_source(tmp_path)
+    assert [r.volume_id for r in records] == ["a", "b"]
+    assert [r.patient_id for r in records] == ["a", "b"]
+    (single,), _ = read_source(tmp_path / "a.nii.gz")
+    assert single.volume_id == "a"
+    save(tmp_path / "other/a.nii.gz")
+    with pytest.raises(ManifestError, match="same name"):
+        read_source(tmp_path)
+
+
+def test_a_dicom_archive_gives_the_best_series_of_each_study(tmp_path):
+    hu = [chest_hu((24, 24, 32), seed=i) for i in range(3)]
+
+    def study(number):
+        def edit(_, dataset):
+            dataset.StudyInstanceUID = f"1.9.{number}"
+            dataset.PatientID = f"p{number}"
+
+        return edit
+
+    write_series(tmp_path / "one/long", hu[0], series="1.1", edit=study(1))
+    write_series(tmp_path / "one/short", hu[1][:10], series="1.2", edit=study(1))
+    write_series(tmp_path / "two", hu[2], series="1.3", edit=study(2))
+    write_series(tmp_path / "three", hu[1][:4], series="1.4", edit=study(3))
+    records, problems = read_source(tmp_path)
+    assert [(r.patient_id, r.study_id, r.volume_id) for r in records] == [
+        ("p1", "1.9.1", "1.1"),
+        ("p2", "1.9.2", "1.3"),
+    ]
+    assert {(p.status, p.volume_id) for p in problems} == {("noted", "1.2"), ("refused", "1.4")}
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    assert {r.volume_id for r in prepared.records} == {"1.1", "1.3"}
+
+
+def test_several_series_in_one_folder_can_be_prepared(tmp_path):
+    hu = chest_hu((24, 24, 32))
+    write_series(tmp_path / "all", hu, series="1.1")
+    write_series(tmp_path / "all", hu[:10], series="1.2", prefix="b")
+    records, problems = read_source(tmp_path / "all")
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    assert prepared.read("1.1").shape == SMALL.size
+
+
+def test_nothing_at_a_path_and_nothing_in_a_folder_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing at"):
+        read_source(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match="no DICOM files"):
+        read_source(tmp_path / "empty")
+
+
+def test_a_manifest_can_point_at_dicom_folders(tmp_path):
+    write_series(tmp_path / "scan", chest_hu((24, 24, 32)))
+    path = write_csv(
+        tmp_path / "m.csv",
+        ["patient_id", "study_id", "path", "split"],
+        [["p", "s", "scan", "train"]],
+    )
+    records, problems = read_source(path)
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    assert np.ptp(prepared.read("scan")) > 1000
