@@ -46,8 +46,13 @@ def run(tmp_path_factory) -> Path:
         ]
     )
     cli.pretrain(
-        [f"cohort={folder / 'cohort'}", f"out={folder / 'train'}", "steps=3", "batch_size=4"]
-        + TINY_MODEL
+        [
+            f"cohort={folder / 'cohort'}",
+            f"out={folder / 'train'}",
+            "steps=3",
+            "batch_size=4",
+            *TINY_MODEL,
+        ]
     )
     ckpt = f"--ckpt={folder / 'train' / 'model.safetensors'}"
     cohort = f"--cohort={folder / 'cohort'}"
