@@ -53,7 +53,7 @@ class Run:
     """A started run; ``wait`` for it, or kill it."""
 
     def __init__(self, cohort: Path, out: Path, world_size: int, changes: dict[str, Any]) -> None:
-        import deepspeed  # noqa: F401  imported before the fork
+        import deepspeed
         import deepspeed.ops  # noqa: F401
 
         import ctclip.training.pretrain  # noqa: F401
@@ -70,7 +70,7 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout_s: float = 120) -> list[int | None]:
+    def wait(self, timeout_s: float = 400) -> list[int | None]:
         """Exit codes in rank order; None for one that had to be killed."""
         for process in self.processes:
             process.join(timeout_s)

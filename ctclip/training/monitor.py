@@ -139,7 +139,7 @@ class Monitor:
         line["volumes_per_s"] = self._volumes / elapsed_s
         line["data_wait_share"] = self._waited_s / elapsed_s
         line["peak_gib"] = peak_gib()
-        peak = _peak_flops()
+        peak = peak_flops()
         if self._flops_per_step is not None and peak is not None:
             job_peak = peak * distributed.world_size()
             line["mfu"] = self._flops_per_step * self._steps / elapsed_s / job_peak
@@ -169,7 +169,8 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _peak_flops() -> float | None:
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of this GPU; None on a CPU or a device that is not in the table."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

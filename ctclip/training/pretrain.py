@@ -32,7 +32,7 @@ from ctclip.data.manifest import VolumeRecord
 from ctclip.data.volume import VolumeConfig
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.text import Tokenizer, build_tokenizer, freeze
-from ctclip.training import health, optim, resume
+from ctclip.training import flops, health, optim, reshard, resume
 from ctclip.training.batches import StepBuilder
 from ctclip.training.grad_cache import Features, accumulate
 from ctclip.training.guard import Guard, GuardConfig
@@ -54,7 +54,7 @@ EMA_FILE = "ema.safetensors"
 BYTES_PER_WEIGHT = 4 * (1 + 3 + 2)
 """Of one checkpoint: the model file; weights and two moments; room for the average and slack."""
 
-HARMLESS = ("out", "micro_batch_size", "workers", "engine", "guard", "checkpoint", "monitor")
+HARMLESS = ("out", "micro_batch_size", "workers", "guard", "checkpoint", "monitor")
 """What may change when a run goes on: it doesn't move the numbers beyond rounding."""
 
 Evaluator = Callable[[CTCLIP, Tokenizer], dict[str, float]]
@@ -147,6 +147,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             configuration.to_dict(config),
             start_step=job.progress.step,
             total_steps=config.steps,
+            flops_per_step=job.flops_per_step(),
         ) as monitor,
     ):
         for batch, waited_s in job.batches():
@@ -261,13 +262,15 @@ class _Job:
             model.visual.compile()
 
         rows = rows_per_rank(config.batch_size)
+        settings = optim.deepspeed_config(
+            config.engine, config.optim, rows_per_rank=rows, world_size=distributed.world_size()
+        )
+        source = _checkpoint_to_load(checkpoint, settings, out)
         engine = optim.start_engine(
             Towers(model, config.engine.precision),
             optim.param_groups(model, config.optim),
             config.optim,
-            optim.deepspeed_config(
-                config.engine, config.optim, rows_per_rank=rows, world_size=distributed.world_size()
-            ),
+            settings,
         )
         job = cls(
             config=config,
@@ -291,10 +294,17 @@ class _Job:
             device=device,
             warmup=warmup,
         )
-        if checkpoint is not None:
-            job.restore(checkpoint)
+        if checkpoint is not None and source is not None:
+            job.restore(checkpoint, source)
         engine.train()
         return job
+
+    def flops_per_step(self) -> float | None:
+        """Of the whole job; None on a CPU, whose peak isn't known."""
+        if self.device.type != "cuda":
+            return None
+        volume = _volume_config(self.config, self.cohort)
+        return self.config.batch_size * flops.per_study(self.model, volume.size, volume.channels)
 
     def batches(self) -> Iterator[tuple[Batch, float]]:
         """This rank's part of every step still to do, and how long it was waited for."""
@@ -327,9 +337,9 @@ class _Job:
                 return
             yield batch, time.perf_counter() - since
 
-    def restore(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
-        self.engine.load_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+    def restore(self, checkpoint: Path, source: Path) -> None:
+        """Go on from a checkpoint, whose engine state may have been converted elsewhere."""
+        self.engine.load_checkpoint(str(source), tag=ENGINE_TAG)
         state = resume.read_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self.warmup = state["warmup"]
@@ -345,7 +355,12 @@ class _Job:
             self.out / "checkpoints",
             self.progress.step,
             self._write_checkpoint,
-            {"progress": dataclasses.asdict(self.progress), "warmup": self.warmup},
+            {
+                "progress": dataclasses.asdict(self.progress),
+                "warmup": self.warmup,
+                "world_size": distributed.world_size(),
+                "zero_stage": self.engine.zero_optimization_stage(),
+            },
             keep=self.config.checkpoint.keep,
         )
         if distributed.is_main():
@@ -411,6 +426,22 @@ class _Job:
         if distributed.is_main():
             with resume.explained_disk_errors(self.out):
                 self.save_model(self.out / "best.safetensors")
+
+
+def _checkpoint_to_load(
+    checkpoint: Path | None, settings: dict[str, Any], out: Path
+) -> Path | None:
+    """Where the engine reads its state, converted if another number of processes wrote it."""
+    if checkpoint is None:
+        return None
+    if not reshard.needs_resharding(
+        resume.read_state(checkpoint),
+        zero_stage=settings["zero_optimization"].get("stage", 0),
+        world_size=distributed.world_size(),
+    ):
+        return checkpoint
+    settings["checkpoint"] = {"load_universal": True}
+    return reshard.to_universal(checkpoint, ENGINE_TAG, out / "resharded")
 
 
 def _claim(out: Path, config: PretrainConfig) -> None:

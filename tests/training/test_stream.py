@@ -63,7 +63,9 @@ def test_one_reconstruction_of_a_study_per_epoch_and_all_of_them_in_the_end():
     by_epoch = collections.defaultdict(list)
     for epoch, index in seen:
         by_epoch[epoch].append(studies[index].study_id)
-    assert all(sorted(found) == sorted({r.study_id for r in studies}) for found in by_epoch.values())
+    assert all(
+        sorted(found) == sorted({r.study_id for r in studies}) for found in by_epoch.values()
+    )
     assert {index for _, index in seen} == set(range(15))
 
 
