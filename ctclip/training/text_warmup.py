@@ -100,15 +100,17 @@ def warm_up(
     rng = np.random.default_rng([seed, 20_260])
     torch.manual_seed(seed)
     model.train()
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        return F.normalize(model.encode_text(tokenizer(texts).to(device)).float(), dim=-1)
+
     for _ in tqdm(range(config.steps), "text warm-up", unit="step", disable=None):
         first, second = (bank.pairs(rng, config.template_share) for _ in range(2))
-        texts = [*first[0], *first[1], *second[0], *second[1]]
+        # Encoded apart: in one batch, every sentence would be padded to the longest report.
+        sentences = embed([*first[0], *first[1], *second[0], *second[1]])
         chosen = [studies[i] for i in rng.integers(len(studies), size=config.batch_size)]
-        texts += [report_view(study, views, rng) for study in chosen]
-        embedded = F.normalize(model.encode_text(tokenizer(texts).to(device)).float(), dim=-1)
-
+        reports = embed([report_view(study, views, rng) for study in chosen])
         num_sentences = 2 * len(first[0])
-        sentences, reports = embedded.split([2 * num_sentences, len(chosen)])
         meaning = torch.arange(num_sentences, device=device).repeat(2)
         loss = losses.sentence_classes(sentences, meaning, config.scale)
         for present, absent in (half.chunk(2) for half in sentences.chunk(2)):
