@@ -38,7 +38,7 @@ def roc_grid(tables: Sequence[ScoreTable], evaluations: Sequence[metrics.Evaluat
         if k >= len(findings):
             axis.set_visible(False)
             continue
-        _frame(axis, findings[k])
+        frame(axis, findings[k])
         if any(not np.isnan(evaluation.findings[k].auroc) for evaluation in evaluations):
             axis.plot([0, 1], [0, 1], color=CHANCE, lw=0.8, ls=(0, (4, 3)))
         for m, (table, evaluation) in enumerate(zip(tables, evaluations, strict=True)):
@@ -100,7 +100,7 @@ def auc_bars(evaluations: Sequence[metrics.Evaluation]) -> Figure:
     lows = [r.auroc_low for e in evaluations for r in e.findings if not np.isnan(r.auroc_low)]
     axis.set_xlim(min([0.4, *lows]) - 0.02, 1.0)
     axis.set_ylim(-0.6, len(names) + 0.6)
-    _frame(axis, "")
+    frame(axis, "")
     axis.tick_params(axis="y", labelsize=8.5, length=0)
     axis.set_xlabel(
         "AUROC; bars start at chance, lines are 95 % intervals (patients resampled)",
@@ -123,7 +123,7 @@ def reliability_grid(tables: Sequence[ScoreTable]) -> Figure:
         if k >= len(findings):
             axis.set_visible(False)
             continue
-        _frame(axis, findings[k])
+        frame(axis, findings[k])
         axis.plot([0, 1], [0, 1], color=CHANCE, lw=0.8, ls=(0, (4, 3)))
         for m, table in enumerate(tables):
             label, score = metrics.known(table.labels[:, k], table.scores[:, k])
@@ -158,7 +158,7 @@ def differences(found: Sequence[Any], title: str) -> Figure:
                   mfc=colour if is_clear else "white")  # fmt: skip
     axis.set_yticks(range(len(rows)), [row.finding for row in reversed(rows)])
     axis.axvline(0, color=INK, lw=0.8)
-    _frame(axis, title)
+    frame(axis, title)
     axis.tick_params(axis="y", labelsize=8.5, length=0)
     axis.set_xlabel("difference of AUROC with 95 % interval", fontsize=8.5, color=INK)
     return figure
@@ -190,7 +190,7 @@ def fit_overview(judgements: Sequence[Any]) -> Figure:
     axis.set_yticks(range(len(order)), [judgement.evidence.finding for judgement in order])
     axis.axvline(0.5, color=INK, lw=0.8)
     axis.set_xlim(0.38, 1.008)
-    _frame(axis, "")
+    frame(axis, "")
     axis.tick_params(axis="y", labelsize=8.5, length=0)
     axis.set_xlabel("AUROC with 95 % interval", fontsize=8.5, color=INK)
     from matplotlib.lines import Line2D
@@ -214,7 +214,7 @@ def loss_curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) ->
         colour = COLOURS[m % len(COLOURS)]
         axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
         axis.plot(steps, _smooth(np.asarray(values, float)), color=colour, lw=1.6, label=name)
-    _frame(axis, "")
+    frame(axis, "")
     axis.set_xlabel("step", fontsize=8.5, color=INK)
     axis.legend(frameon=False, fontsize=8.5)
     return figure
@@ -251,7 +251,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smoothed
 
 
-def _frame(axis: Axes, title: str) -> None:
+def frame(axis: Axes, title: str = "") -> None:
+    """The house frame: two thin spines, small ticks."""
     axis.set_title(title, fontsize=8.5, color=INK)
     axis.tick_params(labelsize=7.5, colors=INK, length=2.5)
     for side, spine in axis.spines.items():
