@@ -205,7 +205,7 @@ def _evaluators(settings: Any) -> list[Any]:
     if not any(record.split == "valid" for record in cohort.records):
         logging.getLogger(__name__).warning("no split 'valid': no zero-shot AUROC while training")
         return []
-    return [scoring.evaluator(cohort, "valid")]
+    return [scoring.evaluator(cohort, "valid", windows_hu=settings.windows_hu)]
 
 
 @_command

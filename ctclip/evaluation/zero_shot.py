@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ctclip.evaluation import metrics, plots, prompts, report
+from ctclip.evaluation import metrics, plots, prompts, regions, report
 from ctclip.evaluation.scores import ScoreTable
 from ctclip.findings import FINDINGS
 
@@ -44,6 +44,15 @@ class ZeroShotConfig:
     score: ScoreKind = "softmax"
     """Probability of "present" against "absent", or the difference of the two cosines."""
 
+    patches: int = 0
+    """Score patches one by one and average the best so many; 0 scores the volume as a whole."""
+
+    window: tuple[int, int, int] | None = None
+    """Slide a window of so many voxels (D, H, W) over the volume; ``None`` sees all at once."""
+
+    space: Literal["raw", "centred", "whitened"] = "raw"
+    """Centring or whitening of the joint space, fitted on the cohort's training split."""
+
     replicates: int = 1000
     """Bootstrap replicates behind each interval."""
 
@@ -55,6 +64,10 @@ class ZeroShotConfig:
     def __post_init__(self) -> None:
         if self.replicates < 0 or self.batch_size < 1:
             raise ValueError("replicates must be >= 0 and batch_size >= 1")
+        if self.patches < 0:
+            raise ValueError(f"patches must be >= 0, got {self.patches}")
+        if (self.patches or self.window) and self.space != "raw":
+            raise ValueError("centring and whitening apply to whole volumes, not to parts")
 
 
 def scores(
@@ -79,12 +92,39 @@ def scores(
     """
     directions = (prompt_vectors[:, 0] - prompt_vectors[:, 1]).astype(np.float64)
     difference: np.ndarray = vectors.astype(np.float64) @ directions.T
-    if kind == "cosine-difference":
-        return difference
+    return difference if kind == "cosine-difference" else probability(difference, logit_scale)
+
+
+def probability(difference: np.ndarray, logit_scale: float) -> np.ndarray:
+    """Softmax over a pair from the difference of its cosines."""
     from scipy.special import expit
 
-    probability: np.ndarray = expit(logit_scale * difference)
-    return probability
+    chance: np.ndarray = expit(logit_scale * difference)
+    return chance
+
+
+def moved(
+    train: np.ndarray,
+    vectors: np.ndarray,
+    prompt_vectors: np.ndarray,
+    space: Literal["centred", "whitened"],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Volumes and prompts in a centred or whitened space fitted on training volumes.
+
+    Args:
+        train: ``(M, E)`` training volumes.
+        vectors: ``(N, E)`` volumes to score.
+        prompt_vectors: ``(K, 2, E)``; their own mean is what centring takes from them.
+        space: Which.
+
+    Returns:
+        ``(N, E)`` and ``(K, 2, E)``, L2-normalised.
+    """
+    from ctclip.embeddings import transform
+
+    flat = prompt_vectors.reshape(-1, prompt_vectors.shape[-1])
+    fitted = transform.fit(train, flat, whiten=space == "whitened")
+    return fitted(vectors, "volume"), fitted(flat, "report").reshape(prompt_vectors.shape)
 
 
 def score_embeddings(
@@ -92,11 +132,24 @@ def score_embeddings(
     table: "EmbeddingTable",
     config: ZeroShotConfig | None = None,
     model_name: str = "ctclip",
+    *,
+    train: "EmbeddingTable | None" = None,
+    parts: np.ndarray | None = None,
 ) -> ScoreTable:
     """Score an embedding table that the same checkpoint made.
 
+    Args:
+        checkpoint: The model.
+        table: Its embeddings.
+        config: Prompts and kind of score.
+        model_name: Name in figures and tables.
+        train: Training embeddings that centring or whitening is fitted on.
+        parts: ``(N, 18)`` cosine differences from :mod:`ctclip.evaluation.regions`, which then
+            take the place of the embeddings' own.
+
     Raises:
         EmbeddingError: If another checkpoint made the embeddings.
+        ValueError: If the space needs training embeddings and there are none.
     """
     config = config or ZeroShotConfig()
     table.require_same_space(
@@ -108,7 +161,15 @@ def score_embeddings(
     )
     prompt_set = prompts.load(config.prompts)
     prompt_vectors = prompts.encode_prompts(checkpoint, prompt_set)
-    scale = float(checkpoint.model.logit_scale.detach().float().exp().clamp(max=100).item())
+    scale = scale_of(checkpoint)
+    vectors = table.vectors
+    if config.space != "raw":
+        if train is None:
+            raise ValueError(f"space {config.space!r} is fitted on training embeddings: give some")
+        vectors, prompt_vectors = moved(train.vectors, vectors, prompt_vectors, config.space)
+    values = scores(vectors, prompt_vectors, scale, config.score)
+    if parts is not None:
+        values = parts if config.score == "cosine-difference" else probability(parts, scale)
     return ScoreTable(
         volume_id=np.asarray(table.volume_id, dtype=str),
         study_id=np.asarray(table.study_id, dtype=str),
@@ -116,7 +177,7 @@ def score_embeddings(
         split=np.asarray(table.split, dtype=str),
         findings=FINDINGS,
         labels=table.labels.astype(np.float64),
-        scores=scores(table.vectors, prompt_vectors, scale, config.score),
+        scores=values,
         header=header(checkpoint, prompt_set, config, model_name)
         | {"prompt_direction_spread": round(prompts.direction_spread(prompt_vectors), 4)},
         meta={name: np.asarray(column, dtype=str) for name, column in table.fields.items()},
@@ -135,6 +196,9 @@ def header(
         "step": checkpoint.provenance.get("step"),
         "prompts": prompt_set.label,
         "score": config.score,
+        "space": config.space,
+        "patches": config.patches,
+        "window": list(config.window) if config.window else None,
     }
 
 
@@ -145,9 +209,11 @@ def score_volume(
     from ctclip.embeddings import embed_file
 
     config = config or ZeroShotConfig()
+    if config.patches or config.window or config.space != "raw":
+        raise ValueError("patches, window and space need a prepared cohort: --cohort")
     vector, _ = embed_file(checkpoint, path, device=config.device)
     prompt_vectors = prompts.encode_prompts(checkpoint, prompts.load(config.prompts))
-    scale = float(checkpoint.model.logit_scale.detach().float().exp().clamp(max=100).item())
+    scale = scale_of(checkpoint)
     row = scores(vector[None], prompt_vectors, scale, config.score)[0]
     return dict(zip(FINDINGS, row.tolist(), strict=True))
 
@@ -204,18 +270,38 @@ def run(
     assert cohort is not None
     prepared = PreparedCohort.open(Path(cohort))
     chosen = split or next((s for s in ("test", "valid") if _has_split(prepared, s)), "test")
-    records = prepared.split(chosen)
-    embeddings = embed_volumes(
+
+    def embedded(split: str) -> "EmbeddingTable":
+        return embed_volumes(
+            checkpoint,
+            prepared,
+            prepared.split(split),
+            out=folder / f"embeddings-{split}-{checkpoint.sha256[:12]}.parquet",
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=config.device,
+            fields=SUBGROUP_FIELDS,
+        )
+
+    parts = None
+    if config.patches or config.window:
+        parts = regions.score_records(
+            checkpoint,
+            prepared,
+            prepared.split(chosen),
+            prompts.encode_prompts(checkpoint, prompts.load(config.prompts)),
+            patches=config.patches,
+            window=config.window,
+            device=config.device,
+        )
+    table = score_embeddings(
         checkpoint,
-        prepared,
-        records,
-        out=folder / f"embeddings-{chosen}-{checkpoint.sha256[:12]}.parquet",
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=config.device,
-        fields=SUBGROUP_FIELDS,
+        embedded(chosen),
+        config,
+        name,
+        train=embedded("train") if config.space != "raw" else None,
+        parts=parts,
     )
-    table = score_embeddings(checkpoint, embeddings, config, name)
     if manifest is not None:
         table = with_labels_of(table, manifest)
     return write_results(table, folder, config)
@@ -270,6 +356,7 @@ def evaluator(
     split: str,
     config: ZeroShotConfig | None = None,
     limit: int | None = None,
+    windows_hu: Sequence[tuple[float, float]] | None = None,
 ) -> Callable[["CTCLIP", Any], dict[str, float]]:
     """Zero-shot AUROC during training, as the training loop's ``evaluators`` expect it.
 
@@ -278,6 +365,7 @@ def evaluator(
         split: Which of them.
         config: Prompts and batch size.
         limit: At most so many volumes, evenly spread over the split.
+        windows_hu: HU windows of the run, where they are not the cohort's.
 
     Returns:
         A function of (model, tokenizer) to values such as ``zero_shot/macro``.
@@ -288,13 +376,14 @@ def evaluator(
     if limit is not None and len(records) > limit:
         records = [records[i] for i in np.linspace(0, len(records) - 1, limit).astype(int)]
     prompt_set = prompts.load(config.prompts)
+    windows = tuple(windows_hu or cohort.volume_config.windows_hu)
     labels = np.array([[record.labels.get(f, np.nan) for f in FINDINGS] for record in records])
 
     def evaluate(model: "CTCLIP", tokenizer: Any) -> dict[str, float]:
         was_training = model.training
         model.eval()
         try:
-            vectors = _encode(model, cohort, records, config.batch_size)
+            vectors = _encode(model, cohort, records, config.batch_size, windows)
             prompt_vectors = prompts.encode(model, tokenizer, prompt_set, FINDINGS)
         finally:
             model.train(was_training)
@@ -314,7 +403,11 @@ def evaluator(
 
 
 def _encode(
-    model: "CTCLIP", cohort: "PreparedCohort", records: "Sequence[VolumeRecord]", batch_size: int
+    model: "CTCLIP",
+    cohort: "PreparedCohort",
+    records: "Sequence[VolumeRecord]",
+    batch_size: int,
+    windows_hu: tuple[tuple[float, float], ...],
 ) -> np.ndarray:
     from ctclip.data.volume import window
 
@@ -324,9 +417,14 @@ def _encode(
         for start in range(0, len(records), batch_size):
             arrays = [cohort.read(r.volume_id) for r in records[start : start + batch_size]]
             hu = torch.from_numpy(np.stack(arrays)).to(device).float()
-            image = window(hu, cohort.volume_config.windows_hu)
+            image = window(hu, windows_hu)
             parts.append(model.encode_image(image, normalize=True).float().cpu().numpy())
     return np.concatenate(parts)
+
+
+def scale_of(checkpoint: "Checkpoint") -> float:
+    """The model's factor on cosines, ``1 / temperature``."""
+    return float(checkpoint.model.logit_scale.detach().float().exp().clamp(max=100).item())
 
 
 def _has_split(cohort: "PreparedCohort", split: str) -> bool:
