@@ -110,16 +110,7 @@ def save(
             f"the volumes have {volume_config.channels} HU windows, the model takes "
             f"{model_config.channels}; set vision.channels to the number of windows_hu"
         )
-    header = {
-        "format": FORMAT,
-        "ctclip": VERSION,
-        "model": config.to_dict(model_config),
-        "text_hf_config": model.text.config.to_dict(),
-        "volume": config.to_dict(volume_config),
-        "provenance": provenance,
-        "context_length": tokenizer.context_length,
-        "tokenizer": tokenizer.to_json(),
-    }
+    header = describe(model, tokenizer, model_config, volume_config, provenance)
     state = merged_state_dict(model)
     if head is not None:
         header["head"] = {"findings": list(head.findings), "relu": head.relu}
@@ -162,8 +153,50 @@ def load(
         raise FileNotFoundError(f"no checkpoint {path}; train one with ctclip-pretrain")
     if path.suffix in CT_CLIP_SUFFIXES:
         return _load_ct_clip(path, device, tokenizer or CXR_BERT)
-    header = read_header(path)
-    source = f"checkpoint {path}"
+    return rebuild(
+        read_header(path), load_file(path), sha256_of(path), f"checkpoint {path}", device
+    )
+
+
+def describe(
+    model: CTCLIP,
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
+    volume_config: VolumeConfig,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything but weights that :func:`rebuild` needs, JSON-able."""
+    return {
+        "format": FORMAT,
+        "ctclip": VERSION,
+        "model": config.to_dict(model_config),
+        "text_hf_config": model.text.config.to_dict(),
+        "volume": config.to_dict(volume_config),
+        "provenance": provenance,
+        "context_length": tokenizer.context_length,
+        "tokenizer": tokenizer.to_json(),
+    }
+
+
+def rebuild(
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    sha256: str,
+    source: str,
+    device: str | torch.device = "cpu",
+) -> Checkpoint:
+    """Build a model from its description and weights.
+
+    Args:
+        header: From :func:`describe`, with a key ``head`` if there is a classifier.
+        tensors: Weights under ctclip's names; a classifier's start with ``head.``.
+        sha256: Of the file that the weights come from.
+        source: What errors call it.
+        device: Where the model goes.
+
+    Raises:
+        CheckpointError: If description and weights don't fit each other or this version.
+    """
     try:
         model_config = config.from_dict(ModelConfig, header["model"], source)
         volume_config = config.from_dict(VolumeConfig, header["volume"], source)
@@ -172,8 +205,7 @@ def load(
             f"{error}; it was written by ctclip {header['ctclip']}, this is {VERSION}"
         ) from None
     model = build_model(model_config, hf_config=header["text_hf_config"])
-    tensors = load_file(path)
-    head = None
+    tensors, head = dict(tensors), None
     if "head" in header:
         findings = header["head"]["findings"]
         head = LinearHead(model_config.embed_dim, findings, header["head"]["relu"])
@@ -182,13 +214,13 @@ def load(
         head = head.to(device).eval()
     fill(model, tensors, source)
     return Checkpoint(
-        head=head,
         model=model.to(device).eval(),
         tokenizer=Tokenizer(header["tokenizer"], header["context_length"]),
         model_config=model_config,
         volume_config=volume_config,
         provenance=header["provenance"],
-        sha256=sha256_of(path),
+        sha256=sha256,
+        head=head,
     )
 
 
@@ -289,12 +321,21 @@ def read_header(path: Path) -> dict[str, Any]:
             "ctclip.checkpoint.save or ctclip-convert can be loaded"
         )
     header = json.loads(metadata["ctclip"])
+    require_readable(header, str(path))
+    return header
+
+
+def require_readable(header: dict[str, Any], source: str) -> None:
+    """Refuse what a newer ctclip wrote.
+
+    Raises:
+        CheckpointError: If its format is newer than this version knows.
+    """
     if header["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} was written by ctclip {header['ctclip']}, a newer one than this "
+            f"{source} was written by ctclip {header['ctclip']}, a newer one than this "
             f"({VERSION}); upgrade ctclip"
         )
-    return header
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

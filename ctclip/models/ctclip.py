@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctclip.models.ctvit import CTViT, CTViTConfig
+from ctclip.models.inflate import inflate_from
 from ctclip.models.text import TextConfig, build_text_tower, freeze, set_trainable
 from ctclip.models.vit3d import VisionConfig, ViT3D, check_shape
 
@@ -237,7 +238,8 @@ def build_model(
 
     Args:
         config: Both towers.
-        hf_config: Full config of the BERT, as a checkpoint stores it; nothing is then downloaded.
+        hf_config: Full config of the BERT, as a checkpoint stores it; nothing is then downloaded,
+            for neither tower.
         pretrained_text: Load the named BERT's weights.
 
     Returns:
@@ -248,6 +250,8 @@ def build_model(
         visual = CTViT.from_config(config.ctvit, config.embed_dim)
     else:
         visual = ViT3D.from_config(config.vision, config.embed_dim)
+        if config.vision.inflate_from is not None and hf_config is None:
+            inflate_from(visual, config.vision.inflate_from)
     return CTCLIP(
         visual,
         build_text_tower(

@@ -7,6 +7,7 @@ Several steps look like slips of the original. Released weights were trained wit
 and each says so where it happens. They live in this module only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,9 @@ from ctclip.models.vit3d import check_shape
 LOGIT_SCALE = 8.0
 """Fixed factor on cosine attention, in place of ``head_dim ** -0.5``."""
 
-CODES_AT_ONCE = 1024
-"""Tokens compared with the codebook in one go: 34 MB instead of 450 MB at the real size."""
+TOKENS_AT_ONCE = 1024
+"""Tokens that inference takes through a layer, or compares with the codebook, in one go: 34 MB of
+similarities instead of 450 MB at the real size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,18 @@ class CTViTConfig:
         """Tokens along each axis for a volume of ``size`` voxels."""
         d, h, w = (voxels // edge for voxels, edge in zip(size, self.patch, strict=True))
         return d, h, w
+
+
+def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a token-wise function to ``(b, n, M)`` a slice at a time where nothing is kept.
+
+    The widest intermediate of inference is then a few MB instead of hundreds, and stays in cache.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x)
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [function(part) for part in flat.split(TOKENS_AT_ONCE)]
+    return torch.cat(parts).reshape(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -93,6 +107,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., M)`` to ``(..., M)``."""
+        return in_slices(self._tokenwise, x)
+
+    def _tokenwise(self, x: Tensor) -> Tensor:
         value, gate = self.fc1(self.norm(x)).chunk(2, dim=-1)
         return self.fc2(value * F.gelu(gate))
 
@@ -191,7 +208,7 @@ class Codebook(nn.Module):
         flat = tokens.detach().float().reshape(-1, tokens.shape[-1])
         ids = [
             (F.normalize(part, dim=-1) @ directions.T).argmax(dim=-1)
-            for part in flat.split(CODES_AT_ONCE)
+            for part in flat.split(TOKENS_AT_ONCE)
         ]
         return torch.cat(ids).reshape(tokens.shape[:-1])
 
@@ -306,12 +323,8 @@ class CTViT(nn.Module):
                 f"depth that is a multiple of {self.patch[0]}, got (B, C, D, H, W) = "
                 f"{tuple(image.shape)}; prepare volumes with the checkpoint's own settings"
             )
-        pt, ph, pw = self.patch
-        batch, t, (h, w) = len(image), image.shape[2] // pt, self.grid_hw
-        x = rearrange(
-            image, "b c (t pt) (h ph) (w pw) -> (b t) (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw
-        )
-        x = self._run(self.stem, x)
+        batch, t, (h, w) = len(image), image.shape[2] // self.patch[0], self.grid_hw
+        x = self._run(self._embed, image)
         bias = self.offset_bias(h, w)
         for block in self.spatial:
             x = self._run(block, x, (t, h, w), bias)
@@ -320,7 +333,22 @@ class CTViT(nn.Module):
             x = self._run(block, x, (t, h, w), None)
         return rearrange(self.temporal_norm(x), "(b h w) t c -> b t h w c", b=batch, h=h, w=w)
 
-    def _run(self, module: nn.Module, *args: object) -> Tensor:
+    def _embed(self, image: Tensor) -> Tensor:
+        """Patches ``(b t) (h w) M`` of a batch; in inference one layer of patches after another."""
+        pt, ph, pw = self.patch
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        slabs = [image] if whole else image.split(pt, dim=2)
+        patches = [
+            self.stem(
+                rearrange(
+                    slab, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw
+                )
+            )
+            for slab in slabs
+        ]
+        return torch.cat(patches, dim=1).flatten(0, 1)
+
+    def _run(self, module: Callable[..., Tensor], *args: object) -> Tensor:
         if self.grad_checkpointing and self.training:
             return checkpoint(module, *args, use_reentrant=False)  # type: ignore[return-value]
         return module(*args)

@@ -31,15 +31,15 @@ class LinearStem(nn.Module):
 
 
 def strides(
-    patch: tuple[int, int, int],
+    patch: tuple[int, int, int], longest: int
 ) -> tuple[tuple[int, int, int], list[tuple[int, int, int]]]:
-    """Split a patch into a first edge of at most 6 voxels and stride-2 stages, axis by axis.
+    """Split a patch into a short first edge and stride-2 stages, axis by axis.
 
     Returns:
         The first stage's edges and the strides of the later ones; their product is the patch. An
         odd factor stays in the first edge: (10, 20, 20) gives (5, 5, 5), (2, 2, 2), (1, 2, 2).
     """
-    (d, d_halvings), (h, h_halvings), (w, w_halvings) = (_halve(edge) for edge in patch)
+    (d, d_halvings), (h, h_halvings), (w, w_halvings) = (_halve(edge, longest) for edge in patch)
     stages = [
         (1 + (i < d_halvings), 1 + (i < h_halvings), 1 + (i < w_halvings))
         for i in range(max(d_halvings, h_halvings, w_halvings))
@@ -47,10 +47,10 @@ def strides(
     return (d, h, w), stages
 
 
-def _halve(edge: int) -> tuple[int, int]:
-    """Halve an edge while it is even and longer than 6; also how often."""
+def _halve(edge: int, longest: int) -> tuple[int, int]:
+    """Halve an edge while it is even and longer than ``longest``; also how often."""
     count = 0
-    while edge % 2 == 0 and edge > 6:
+    while edge % 2 == 0 and edge > longest:
         edge, count = edge // 2, count + 1
     return edge, count
 
@@ -68,10 +68,11 @@ class ConvStem(nn.Module):
         channels: int,
         patch: tuple[int, int, int],
         width: int,
+        longest_edge: int = 4,
         first_channels: int | None = None,
     ) -> None:
         super().__init__()
-        edges, stages = strides(patch)
+        edges, stages = strides(patch, longest_edge)
         narrow = first_channels or max(width // 4, 16)
         widths = [min(width, narrow * 2**i) for i in range(len(stages))] + [width]
         self.first = LinearStem(channels, edges, widths[0])

@@ -87,11 +87,12 @@ class Tokenizer:
             raise ValueError("not the contents of a tokenizer.json: it has no key 'model'")
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_padding()
-        pad_ids = [self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>")]
-        known = [pad_id for pad_id in pad_ids if pad_id is not None]
-        if not known:
+        known = self._tokenizer.get_vocab()
+        names = [token for token in ("[PAD]", "<pad>") if token in known]
+        if not names:
             raise ValueError("tokenizer has neither [PAD] nor <pad>; give one with a padding token")
-        self.pad_token_id: int = known[0]
+        self.pad_token = names[0]
+        self.pad_token_id: int = known[self.pad_token]
         self.context_length = context_length
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.truncated = 0

@@ -46,8 +46,11 @@ class VisionConfig:
     stem: Literal["linear", "conv"] = "conv"
     """``conv`` sees overlapping detail below the patch size; ``linear`` is the plain ViT's."""
 
+    stem_edge: int = 4
+    """Longest edge in voxels of the stem's first stage; 2 sees finer detail at a higher price."""
+
     stem_channels: int | None = None
-    """Channels of the first convolution; a quarter of the width by default."""
+    """Channels of that stage; a quarter of the width by default."""
 
     positions: Literal["sincos", "rotary", "learned"] = "sincos"
 
@@ -74,6 +77,10 @@ class VisionConfig:
 
     slice_group: int = 0
     """Token planes that attend to each other in local blocks; 0 makes every block see the scan."""
+
+    inflate_from: str | None = None
+    """timm name or local file of a 2D vision transformer to start from, see
+    :mod:`ctclip.models.inflate`."""
 
     full_every: int = 3
     """With ``slice_group``: every n-th block attends to the whole scan, others to groups."""
@@ -187,7 +194,8 @@ class ViT3D(nn.Module):
         channels: Input channels (HU windows).
         patch: Voxels of a token, (depth, height, width).
         stem: ``"linear"`` or ``"conv"``.
-        stem_channels: Channels of the first convolution; ``None`` for ``width // 4``.
+        stem_edge: Longest edge of the convolutional stem's first stage.
+        stem_channels: Channels of that stage; ``None`` for ``width // 4``.
         positions: ``"sincos"``, ``"rotary"`` or ``"learned"``.
         position_step: Distance of neighbouring patches in patches of pretraining.
         position_grid: Grid of learned positions.
@@ -210,6 +218,7 @@ class ViT3D(nn.Module):
         channels: int = 1,
         patch: tuple[int, int, int] = (8, 24, 24),
         stem: Literal["linear", "conv"] = "conv",
+        stem_edge: int = 4,
         stem_channels: int | None = None,
         positions: Literal["sincos", "rotary", "learned"] = "sincos",
         position_step: tuple[float, float, float] = (1.0, 1.0, 1.0),
@@ -231,7 +240,7 @@ class ViT3D(nn.Module):
         self.grad_checkpointing = False
 
         if stem == "conv":
-            self.stem: nn.Module = ConvStem(channels, self.patch, width, stem_channels)
+            self.stem: nn.Module = ConvStem(channels, self.patch, width, stem_edge, stem_channels)
         else:
             self.stem = LinearStem(channels, self.patch, width)
         self.positions: SinCosPositions | LearnedPositions | None = None
@@ -242,6 +251,7 @@ class ViT3D(nn.Module):
         self.rotary = RotaryPositions(width // heads) if positions == "rotary" else None
 
         names = READOUTS[:readouts]
+        self.num_registers = registers
         self.num_prefix = registers + (len(names) if pooling == "cls" else 0)
         self.prefix: nn.Parameter | None = None
         if self.num_prefix:
@@ -275,6 +285,7 @@ class ViT3D(nn.Module):
             channels=config.channels,
             patch=config.patch,
             stem=config.stem,
+            stem_edge=config.stem_edge,
             stem_channels=config.stem_channels,
             positions=config.positions,
             position_step=config.position_step,

@@ -58,9 +58,18 @@ def test_a_token_becomes_the_stored_code_of_nearest_direction():
 def test_searching_in_slices_finds_the_same_codes(monkeypatch):
     codebook, tokens = Codebook(64, 8), torch.randn(5, 7, 8)
     whole = codebook.nearest(tokens)
-    monkeypatch.setattr("ctclip.models.ctvit.CODES_AT_ONCE", 3)
+    monkeypatch.setattr("ctclip.models.ctvit.TOKENS_AT_ONCE", 3)
 
     assert torch.equal(codebook.nearest(tokens), whole)
+
+
+def test_inference_in_slices_gives_the_same_numbers(model, monkeypatch):
+    model.eval()
+    whole = model(IMAGE)
+    monkeypatch.setattr("ctclip.models.ctvit.TOKENS_AT_ONCE", 5)
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGE), whole)
 
 
 def test_gradients_pass_the_codebook_unchanged():

@@ -1,0 +1,208 @@
+"""CT-CLIP's model at its real size: as it is usually written, and as ctclip writes it.
+
+python benchmarks/ctvit.py            # writes benchmarks/results/ctvit.json
+
+Same random weights and volume (240 x 480 x 480), one process for each formulation. "plain" computes
+the position bias for every pair of patches, softmax attention step by step, one-hot matrices in the
+codebook, one encoding of the volume for each finding and prompts padded to 512 tokens. Time is
+given in wall and in CPU seconds; the latter hardly depend on what else the machine does.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ctclip.findings import FINDINGS
+from ctclip.models import ctvit
+from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
+from ctclip.models.ctvit import LOGIT_SCALE, CTViTConfig
+from ctclip.models.describe import CXR_BERT_CONFIG
+
+PROMPT_TOKENS = 12
+"""About the length of "Coronary artery wall calcification is not present."."""
+
+
+class PlainBias(ctvit.OffsetBias):
+    """Every pair of patches through the network."""
+
+    def forward(self, h: int, w: int) -> Tensor:
+        """As the tower's."""
+        places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
+        places = places.reshape(-1, 2).float()
+        offsets = places[:, None] - places[None]
+        return rearrange(self.net(offsets.sign() * offsets.abs().log1p()), "i j g -> g i j")
+
+
+class PlainAttention(ctvit.Attention):
+    """Similarities and weights as whole matrices."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As the tower's."""
+        q = rearrange(self.to_q(self.norm(x)), "b n (g c) -> b g n c", g=self.heads)
+        k, v = rearrange(self.to_kv(x), "b n (two g c) -> two b g n c", two=2, g=self.heads)
+        q = F.normalize(q, dim=-1) * self.q_scale
+        k = F.normalize(k, dim=-1) * self.k_scale
+        similarity = torch.einsum("b g i c, b g j c -> b g i j", q, k) * LOGIT_SCALE
+        if bias is not None:
+            similarity = similarity + bias
+        weights = similarity.softmax(dim=-1)
+        out = torch.einsum("b g i j, b g j c -> b g i c", weights, v)
+        return self.proj(rearrange(out, "b g n c -> b n (g c)"))
+
+
+class PlainMLP(ctvit.GatedMLP):
+    """All tokens at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the tower's."""
+        return self._tokenwise(x)
+
+
+class PlainCodebook(ctvit.Codebook):
+    """The nearest code by a one-hot matrix."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """As the tower's."""
+        flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]), dim=-1)
+        similarity = flat @ F.normalize(self.embed, dim=-1).T
+        one_hot = F.one_hot(similarity.argmax(dim=-1), len(self.embed)).to(similarity.dtype)
+        return (one_hot @ self.embed).reshape(tokens.shape)
+
+
+PLAIN: dict[type, type] = {
+    ctvit.OffsetBias: PlainBias,
+    ctvit.Attention: PlainAttention,
+    ctvit.GatedMLP: PlainMLP,
+    ctvit.Codebook: PlainCodebook,
+}
+
+
+def build(formulation: str) -> CTCLIP:
+    """The model with weights that depend on nothing but the seed."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(ctvit=CTViTConfig()), hf_config=CXR_BERT_CONFIG).eval()
+    if formulation == "plain":
+        for module in model.modules():
+            if type(module) in PLAIN:
+                module.__class__ = PLAIN[type(module)]
+        visual = model.visual
+        # Patches of the whole volume at once.
+        visual._embed = lambda image: visual.stem(  # type: ignore[method-assign, union-attr]
+            rearrange(image, "b c (t x) (h y) (w z) -> (b t) (h w) (c x y z)", x=10, y=20, z=20)
+        )
+    return model
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Clock:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """Seconds so far."""
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        return {"wall_s": round(wall, 2), "cpu_s": round(cpu, 2)}
+
+
+@torch.no_grad()
+def measure(formulation: str, out: Path) -> None:
+    """One formulation in this process: one forward, then the 18 findings of one volume."""
+    model = build(formulation)
+    generator = torch.Generator().manual_seed(1)
+    volume = torch.rand(1, 1, 240, 480, 480, generator=generator) * 2 - 1
+    prompts = torch.randint(5, 30000, (len(FINDINGS), 2, PROMPT_TOKENS), generator=generator)
+    prompts[..., 0], prompts[..., -1] = 2, 3
+    before = peak_gib()
+
+    clock = Clock()
+    image = model.encode_image(volume, normalize=True)
+    forward: dict[str, Any] = clock.read()
+    forward |= {"peak_gib": round(peak_gib(), 3), "above_model_gib": round(peak_gib() - before, 3)}
+
+    clock, encodes = Clock(), 1
+    if formulation == "plain":
+        logits, encodes = [], len(FINDINGS)
+        for pair in prompts:
+            padded = F.pad(pair, (0, 512 - PROMPT_TOKENS))
+            embedded = model.encode_image(volume, normalize=True)
+            logits.append(model.scale() * model.encode_text(padded, normalize=True) @ embedded[0])
+        pairs = torch.stack(logits)
+    else:
+        embedded = model.encode_image(volume, normalize=True)
+        texts = model.encode_text(prompts.flatten(0, 1), normalize=True)
+        pairs = (model.scale() * texts @ embedded[0]).reshape(-1, 2)
+    findings: dict[str, Any] = clock.read()
+    findings |= {"volume_encodes": encodes, "peak_gib": round(peak_gib(), 3)}
+    findings["above_model_gib"] = round(peak_gib() - before, 3)
+
+    np.savez(out.with_suffix(".npz"), image=image.numpy(), pairs=pairs.numpy())
+    result = {"model_gib": round(before, 3), "forward": forward, "findings": findings}
+    out.write_text(json.dumps(result))
+
+
+def main() -> None:
+    """Measure both formulations one after the other and compare their outputs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--one", choices=("plain", "ctclip"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    if arguments.one:
+        measure(arguments.one, arguments.out / f"ctvit_{arguments.one}.part")
+        return
+    results: dict[str, Any] = {}
+    outputs = {}
+    for formulation in ("ctclip", "plain"):
+        part = arguments.out / f"ctvit_{formulation}.part"
+        command = [sys.executable, __file__, "--one", formulation, "--out", str(arguments.out)]
+        subprocess.run([*command, "--threads", str(arguments.threads)], check=True)
+        results[formulation] = json.loads(part.read_text())
+        outputs[formulation] = dict(np.load(part.with_suffix(".npz")))
+        part.unlink()
+        part.with_suffix(".npz").unlink()
+    ours, plain = results["ctclip"], results["plain"]
+    summary = {
+        **results,
+        "largest_difference": {
+            key: float(np.abs(outputs["ctclip"][key] - outputs["plain"][key]).max())
+            for key in ("image", "pairs")
+        },
+        "ratios": {
+            "forward_cpu": round(plain["forward"]["cpu_s"] / ours["forward"]["cpu_s"], 2),
+            "findings_wall": round(plain["findings"]["wall_s"] / ours["findings"]["wall_s"], 1),
+            "findings_cpu": round(plain["findings"]["cpu_s"] / ours["findings"]["cpu_s"], 1),
+            "forward_peak": round(ours["forward"]["peak_gib"] / plain["forward"]["peak_gib"], 3),
+            "forward_peak_above_model": round(
+                ours["forward"]["above_model_gib"] / plain["forward"]["above_model_gib"], 3
+            ),
+        },
+        "threads": arguments.threads,
+        "load_average": os.getloadavg(),
+        "torch": torch.__version__,
+    }
+    (arguments.out / "ctvit.json").write_text(json.dumps(summary, indent=1) + "\n")
+    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
