@@ -19,7 +19,7 @@ class AxisPlan:
     """``(kept, taps)`` source positions that each kept output position averages."""
 
     weight: np.ndarray
-    """``(kept, taps)`` float32, each row summing to 1."""
+    """``(kept, taps)`` float64, each row summing to 1."""
 
     before: int
     """Padding in front of the kept positions."""
@@ -63,7 +63,7 @@ def plan_axis(
         weight = np.stack([1 - (inside - lowest), inside - lowest], axis=1)
     weight /= weight.sum(axis=1, keepdims=True)
     first = (crop - before + 0.5) * step - 0.5
-    return AxisPlan(np.clip(index, 0, size - 1), weight.astype(np.float32), before, first, step)
+    return AxisPlan(np.clip(index, 0, size - 1), weight, before, first, step)
 
 
 def resample(
@@ -72,9 +72,11 @@ def resample(
     target_mm: tuple[float, float, float],
     size: tuple[int, int, int],
     *,
-    clip_hu: tuple[int, int],
+    clip_hu: tuple[float, float] | None,
     fill_hu: float,
     antialias: bool,
+    precision: type[np.floating] = np.float32,
+    dtype: type[np.generic] = np.int16,
 ) -> np.ndarray:
     """Bring a scan to a fixed spacing and size.
 
@@ -86,37 +88,45 @@ def resample(
         source_mm: Spacing of ``hu``.
         target_mm: Wanted spacing.
         size: Wanted ``(D, H, W)``; the scan is cropped or padded about its centre.
-        clip_hu: Lowest and highest value that is kept.
+        clip_hu: Lowest and highest value that is kept; None leaves all.
         fill_hu: Value of padding.
         antialias: See :func:`plan_axis`.
+        precision: Of the arithmetic.
+        dtype: Of the result.
 
     Returns:
-        ``size`` int16 HU, rounded to the nearest.
+        ``size`` HU, rounded to the nearest if ``dtype`` is an integer.
     """
     depth, height, width = (
         plan_axis(n, source, target, out, antialias)
         for n, source, target, out in zip(hu.shape, source_mm, target_mm, size, strict=True)
     )
-    result = np.full(size, round(fill_hu), dtype=np.int16)
+    result = np.full(size, fill_hu, dtype=dtype)
     rows = slice(int(height.index.min()), int(height.index.max()) + 1)
     columns = slice(int(width.index.min()), int(width.index.max()) + 1)
     row_index, column_index = height.index - rows.start, width.index - columns.start
     target_rows = slice(height.before, height.before + len(height.index))
     target_columns = slice(width.before, width.before + len(width.index))
+    row_weight, column_weight = height.weight.astype(precision), width.weight.astype(precision)
     planes: dict[int, np.ndarray] = {}
-    for position, (indices, weights) in enumerate(zip(depth.index, depth.weight, strict=True)):
+    for position, (indices, weights) in enumerate(
+        zip(depth.index, depth.weight.astype(precision), strict=True)
+    ):
         for stale in [index for index in planes if index < indices[0]]:
             del planes[stale]
-        mixed = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=np.float32)
+        mixed = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=precision)
         for index, weight in zip(indices.tolist(), weights, strict=True):
             if weight == 0:
                 continue
             if index not in planes:
-                planes[index] = np.clip(hu[index, rows, columns], *clip_hu).astype(np.float32)
+                plane = hu[index, rows, columns]
+                plane = plane if clip_hu is None else np.clip(plane, *clip_hu)
+                planes[index] = plane.astype(precision)
             mixed += weight * planes[index]
-        mixed = _weighted_rows(mixed, row_index, height.weight)
-        mixed = _weighted_columns(mixed, column_index, width.weight)
-        np.rint(mixed, out=mixed)
+        mixed = _weighted_rows(mixed, row_index, row_weight)
+        mixed = _weighted_columns(mixed, column_index, column_weight)
+        if np.issubdtype(dtype, np.integer):
+            np.rint(mixed, out=mixed)
         result[depth.before + position, target_rows, target_columns] = mixed
     return result
 

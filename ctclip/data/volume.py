@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ctclip.data import dicom, geometry, hu, itk, nifti, rad_chestct
+from ctclip.data import ct_clip, dicom, geometry, hu, itk, nifti, rad_chestct
 from ctclip.data.problems import Note, VolumeError
 from ctclip.data.resample import resample, resampled_affine
 
@@ -181,8 +181,19 @@ def preprocess(volume: Volume, config: VolumeConfig) -> np.ndarray:
         config: Spacing and size of the result.
 
     Returns:
-        ``config.size`` int16 HU between -1024 and 3071, padded with air.
+        ``config.size`` int16 HU between -1024 and 3071, padded with air. With CT-CLIP's recipes the
+        axes are S, L, P and HU end at -1000 and 1000; rounding to whole HU costs 0.0005 of the
+        network's range, :func:`ctclip.data.ct_clip.preprocess` costs nothing.
     """
+    if config.recipe != "ctclip":
+        unit = ct_clip.preprocess(
+            ct_clip.to_slp(volume.hu),
+            (volume.spacing_mm[0], volume.spacing_mm[2], volume.spacing_mm[1]),
+            clip="last" if config.recipe == "ct-clip" else "first",
+            target_mm=config.spacing_mm,
+            size=config.size,
+        )
+        return np.rint(unit * np.float32(1000)).astype(np.int16)
     return resample(
         volume.hu,
         volume.spacing_mm,
@@ -196,9 +207,11 @@ def preprocess(volume: Volume, config: VolumeConfig) -> np.ndarray:
 
 def preprocessed_affine(volume: Volume, config: VolumeConfig) -> np.ndarray:
     """``(4, 4)`` from a voxel of :func:`preprocess`'s result to RAS mm, for maps drawn on scans."""
-    return resampled_affine(
-        volume.affine, volume.hu.shape, volume.spacing_mm, config.spacing_mm, config.size
-    )
+    order = [0, 1, 2] if config.recipe == "ctclip" else [0, 2, 1]
+    affine = volume.affine[:, [*order, 3]]
+    shape = tuple(volume.hu.shape[axis] for axis in order)
+    d, h, w = (volume.spacing_mm[axis] for axis in order)
+    return resampled_affine(affine, shape, (d, h, w), config.spacing_mm, config.size)
 
 
 def window(volume_hu: "Tensor", windows_hu: tuple[tuple[float, float], ...]) -> "Tensor":
