@@ -35,7 +35,7 @@ class Scanner:
         self.device = device
         self.prompts = prompt_sets.load(prompts)
         self._vectors = prompt_sets.encode_prompts(checkpoint, self.prompts)
-        self._scale = float(checkpoint.model.logit_scale.detach().exp().clamp(max=100).item())
+        self._scale = zero_shot.scale_of(checkpoint)
 
     @property
     def prompt_vectors(self) -> np.ndarray:

@@ -22,6 +22,7 @@ from ctclip.evaluation import (
     plots,
     prompts,
     report,
+    sensitivity,
     verdicts,
     zero_shot,
 )
@@ -127,7 +128,16 @@ def run(
         "prompts": str(tables[0].header["prompts"]),
         "prompt direction spread": f"{prompts.direction_spread(prompt_vectors):.2f}",
     }
-    write(found, folder, facts)
+    prompt_set = prompts.load(config.zero_shot.prompts)
+    spread = sensitivity.measure(embedded[0], checkpoint.model, checkpoint.tokenizer, prompt_set)
+    sensitivity.frame(spread).to_csv(folder / "prompts.csv", index=False)
+    wording = Section(
+        title="Wording of the prompts",
+        paragraphs=["AUROC on the training sample of each pair of the ensemble on its own."],
+        warnings=sensitivity.warnings(spread),
+        frames=[sensitivity.frame(spread)],
+    )
+    write(found, folder, facts, [wording])
     return found
 
 
@@ -223,7 +233,12 @@ def read_sizes(path: str | Path) -> dict[tuple[str, str], float]:
     return {(str(v), str(f)): float(size) for (v, f), size in largest.items()}
 
 
-def write(found: Sequence[Judgement], folder: Path, facts: Mapping[str, str]) -> None:
+def write(
+    found: Sequence[Judgement],
+    folder: Path,
+    facts: Mapping[str, str],
+    more: Sequence[Section] = (),
+) -> None:
     """Write the table, the figure and the page."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = as_frame(found)
@@ -245,6 +260,7 @@ def write(found: Sequence[Judgement], folder: Path, facts: Mapping[str, str]) ->
             Section(title=f"{j.evidence.finding}: {j.verdict.value}", paragraphs=[j.paragraph])
             for j in found
         ),
+        *more,
     ]
     report.Report(title="Fit to the training set", facts=facts, sections=sections).write(
         folder / "train_fit.html"

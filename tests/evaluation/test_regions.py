@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from ctclip.evaluation import metrics, regions, zero_shot
+
+
+def test_one_patch_is_found_by_top_k_and_lost_in_the_mean():
+    rng = np.random.default_rng(0)
+    direction = torch.zeros(1, 16)
+    direction[0, 0] = 1.0
+    labels = (np.arange(80) % 2).astype(float)
+    patches = torch.from_numpy(rng.normal(size=(80, 6, 6, 6, 16)).astype(np.float32))
+    patches[labels == 1, 3, 2, 1, 0] += 12.0
+    best = regions.top_k(patches, direction, 1)[:, 0].numpy()
+    mean = regions.top_k(patches, direction, 216)[:, 0].numpy()
+    assert metrics.auroc(labels, best) > 0.95
+    assert metrics.auroc(labels, mean) < 0.85
+
+
+@pytest.mark.parametrize("size", [(10, 10, 10), (11, 25, 7), (30, 30, 30)])
+def test_windows_cover_every_voxel_and_stay_inside(size):
+    seen = np.zeros(size, dtype=int)
+    for box in regions.windows(size, (10, 10, 10)):
+        seen[box] += 1
+        assert all(part.stop <= total for part, total in zip(box, size, strict=True))
+    assert seen.min() >= 1
+    assert len(list(regions.windows((10, 10, 10), (10, 10, 10)))) == 1
+
+
+def test_whitening_uses_training_volumes_and_undoes_a_dominating_direction():
+    rng = np.random.default_rng(0)
+
+    def volumes(n):
+        labels = (rng.random(n) < 0.5).astype(float)
+        vectors = rng.normal(size=(n, 12))
+        vectors[:, 0] *= 25  # what all cases share, such as the scanner
+        vectors[:, 1] += 3 * labels
+        return labels, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    _, train = volumes(500)
+    labels, test = volumes(300)
+    prompts = np.zeros((1, 2, 12))
+    prompts[0, :, 1] = 1.0, -1.0
+    prompts[0, :, 0] = 0.6, -0.6
+    prompts /= np.linalg.norm(prompts, axis=-1, keepdims=True)
+    raw = zero_shot.scores(test, prompts, 1.0, "cosine-difference")[:, 0]
+    moved = zero_shot.moved(train, test, prompts, "whitened")
+    white = zero_shot.scores(*moved, 1.0, "cosine-difference")[:, 0]
+    assert metrics.auroc(labels, white) > metrics.auroc(labels, raw) + 0.1
+
+
+def test_parts_and_spaces_do_not_mix():
+    with pytest.raises(ValueError, match="whole volumes, not to parts"):
+        zero_shot.ZeroShotConfig(patches=4, space="centred")
