@@ -149,6 +149,7 @@ def _run(settings: dict[str, Any], said: Any) -> None:
     logging.basicConfig(stream=said, level=logging.WARNING, force=True)
     logging.getLogger("ctclip").setLevel(logging.INFO)
     evaluators = [_stub_evaluator] if settings.pop("stub_evaluator", False) else []
+    _poison(settings.pop("poisoned_steps", ()))
     try:
         job.run(config.from_dict(job.PretrainConfig, settings), evaluators)
     except BaseException:
@@ -157,6 +158,19 @@ def _run(settings: dict[str, Any], said: Any) -> None:
         os._exit(1)
     said.flush()
     os._exit(0)
+
+
+def _poison(steps: Sequence[int]) -> None:
+    """Make the loss of these steps NaN."""
+    from ctclip.training.objective import Objective
+
+    objective, calls = Objective.__call__, iter(range(10**6))
+
+    def poisoned(self: Any, *args: Any, **options: Any) -> Any:
+        loss, scalars = objective(self, *args, **options)
+        return (loss * float("nan") if next(calls) in steps else loss), scalars
+
+    Objective.__call__ = poisoned  # type: ignore[method-assign]
 
 
 def _stub_evaluator(model: Any, tokenizer: Any) -> dict[str, float]:

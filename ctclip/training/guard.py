@@ -1,9 +1,10 @@
 """What stops a bad step from becoming a bad model, and a pre-emption from losing work."""
 
+import contextlib
 import json
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,6 +38,22 @@ class GuardConfig:
 
     max_skipped: int = 10
     """Skipped steps in a row after which the run stops."""
+
+
+@contextlib.contextmanager
+def explained_memory(micro_batch_size: int) -> Iterator[None]:
+    """Turn the GPU's "out of memory" into what to change.
+
+    Raises:
+        ValueError: Naming the setting that decides how much memory a step takes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"micro_batch_size {micro_batch_size} does not fit the GPU's memory; halve it (the "
+            f"loss and its gradients stay the same), or set engine.activation_checkpointing=true"
+        ) from error
 
 
 class Guard:

@@ -107,7 +107,7 @@ def deepspeed_config(
                 f"remove it here, one setting has one home"
             )
     zero = extra.setdefault("zero_optimization", {"stage": 0})
-    _refuse(zero, engine, str(engine.deepspeed))
+    _refuse(zero, engine, optim, str(engine.deepspeed))
     return {
         **extra,
         "train_batch_size": rows_per_rank * world_size,
@@ -227,6 +227,18 @@ def take_step(engine: Any) -> float | None:
     return norm
 
 
+@contextlib.contextmanager
+def whole_weights(engine: Any) -> Iterator[None]:
+    """Inside the block every rank holds all weights; matters at ZeRO 3, where each has a share."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        yield
+
+
 class WeightAverage:
     """Exponential moving average of the trained weights (Polyak & Juditsky 1992).
 
@@ -284,7 +296,7 @@ def _read_json(path: str) -> dict[str, Any]:
     return content
 
 
-def _refuse(zero: Mapping[str, Any], engine: EngineConfig, source: str) -> None:
+def _refuse(zero: Mapping[str, Any], engine: EngineConfig, optim: OptimConfig, source: str) -> None:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{source}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
@@ -296,6 +308,11 @@ def _refuse(zero: Mapping[str, Any], engine: EngineConfig, source: str) -> None:
             f"{source}: ZeRO 3 x torch.compile is refused: weights that come and go inside the "
             f"graph recompile it at every step; use ZeRO 2 or engine.compile=false"
         )
+    if stage == 3 and optim.ema_decay is not None:
+        raise ValueError(
+            f"{source}: ZeRO 3 x optim.ema_decay is refused: no process holds whole weights to "
+            f"average; use ZeRO 2"
+        )
 
 
 def _num_layers(names: Iterable[str]) -> dict[str, int]:
@@ -303,17 +320,17 @@ def _num_layers(names: Iterable[str]) -> dict[str, int]:
     deepest = {"visual": 0, "text": 0}
     for name in names:
         tower = name.split(".")[0]
-        if tower in deepest:
+        if tower in deepest and "stem" not in name:
             deepest[tower] = max(deepest[tower], _number_in(name) + 2)
     return deepest
 
 
 def _layer_of(name: str, depth: int) -> int:
     """0 for what comes before the first layer, ``depth`` for what follows the last."""
+    if any(word in name for word in ("embed", "stem", "position", "prefix")):
+        return 0
     number = _number_in(name)
-    if number >= 0:
-        return number + 1
-    return 0 if any(word in name for word in ("embed", "stem", "patch")) else depth
+    return number + 1 if number >= 0 else depth
 
 
 def _number_in(name: str) -> int:

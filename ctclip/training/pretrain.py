@@ -35,7 +35,7 @@ from ctclip.models.text import Tokenizer, build_tokenizer, freeze
 from ctclip.training import flops, health, optim, reshard, resume
 from ctclip.training.batches import StepBuilder
 from ctclip.training.grad_cache import Features, accumulate
-from ctclip.training.guard import Guard, GuardConfig
+from ctclip.training.guard import Guard, GuardConfig, explained_memory
 from ctclip.training.monitor import Monitor, MonitorConfig
 from ctclip.training.objective import LossConfig, Objective
 from ctclip.training.optim import EngineConfig, OptimConfig
@@ -139,6 +139,11 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
     """
     optim.start_processes()
     job = _Job.prepare(config)
+    if evaluators and job.engine.zero_optimization_stage() == 3:
+        raise ValueError(
+            "ZeRO 3 x evaluation during training is refused: no process holds a whole model; set "
+            "checkpoint.evaluate_every=0 and evaluate model.safetensors of a checkpoint"
+        )
     with (
         Guard(config.guard, job.out, job.progress.skipped) as guard,
         Monitor(
@@ -154,13 +159,14 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             step = job.progress.step
             optim.set_lr(job.engine.optimizer, _lr(config, step))
             micro_batches, targets = job.builder(batch, step)
-            done = accumulate(
-                job.engine,
-                micro_batches,
-                forward=job.engine,
-                objective=functools.partial(job.objective, targets=targets),
-                is_usable=guard.is_usable,
-            )
+            with explained_memory(len(micro_batches[0].volume)):
+                done = accumulate(
+                    job.engine,
+                    micro_batches,
+                    forward=job.engine,
+                    objective=functools.partial(job.objective, targets=targets),
+                    is_usable=guard.is_usable,
+                )
             grad_norm = optim.take_step(job.engine) if done.usable else None
             if grad_norm is None:
                 guard.skipped_step(step, float(done.loss), batch.records)
@@ -368,14 +374,15 @@ class _Job:
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
-        if distributed.is_main():
-            self.save_model(folder / "model.safetensors")
-            if self.ema.decay is not None:
-                save_file(self.ema.weights, folder / EMA_FILE)
+        self.save_model(folder / "model.safetensors")
+        if distributed.is_main() and self.ema.decay is not None:
+            save_file(self.ema.weights, folder / EMA_FILE)
 
     def save_model(self, path: Path) -> None:
-        """Write the model that evaluation reads (the average, where one is kept)."""
-        with self.ema.applied(self.model):
+        """Write the model that evaluation reads (the average, where one is kept), on rank 0."""
+        with optim.whole_weights(self.engine), self.ema.applied(self.model):
+            if not distributed.is_main():
+                return
             model_file.save(
                 path,
                 self.model,
@@ -400,7 +407,7 @@ class _Job:
             image = distributed.gather(features["image_report"].detach())
             measured = health.embedding_health(image, distributed.gather(paired.detach()))
             metrics = {f"health/{name}": value for name, value in measured.items()}
-        if distributed.is_main():
+        if distributed.is_main() and self.engine.zero_optimization_stage() < 3:
             with self.ema.applied(self.model):
                 self.model.eval()
                 metrics["health/prompt_direction_spread"] = prompt_spread(
@@ -423,9 +430,8 @@ class _Job:
             return
         progress.best, progress.best_step = value, progress.step
         progress.evaluations_since_best = 0
-        if distributed.is_main():
-            with resume.explained_disk_errors(self.out):
-                self.save_model(self.out / "best.safetensors")
+        with resume.explained_disk_errors(self.out):
+            self.save_model(self.out / "best.safetensors")
 
 
 def _checkpoint_to_load(

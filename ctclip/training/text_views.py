@@ -16,7 +16,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ctclip.data.manifest import VolumeRecord
-from ctclip.data.mentions import labels_from_text, mentions
+from ctclip.data.mentions import Mention, mentions
 from ctclip.data.report import clean, report_text, split_sentences
 from ctclip.findings import FINDINGS
 
@@ -59,6 +59,9 @@ class StudyText:
     normal: bool
     """The report mentions findings and states none."""
 
+    single: tuple[tuple[str, bool, str], ...] = ()
+    """(finding, stated, sentence) of the sentences that speak of one finding only."""
+
 
 def read_study(record: VolumeRecord) -> StudyText:
     """Split a record's report into sentences and find which findings it states or negates.
@@ -73,14 +76,24 @@ def read_study(record: VolumeRecord) -> StudyText:
 def _read(findings: str | None, impression: str | None) -> StudyText:
     findings, impression = clean(findings), clean(impression)
     text = report_text(findings, impression)
-    mentioned = labels_from_text(text)
-    values = tuple(mentioned.get(finding, float("nan")) for finding in FINDINGS)
+    polarity = dict.fromkeys(FINDINGS, float("nan"))
+    of_sentence: dict[str, list[Mention]] = {}
+    for mention in mentions(text):
+        of_sentence.setdefault(mention.sentence, []).append(mention)
+        stated = polarity[mention.finding] == 1.0
+        polarity[mention.finding] = 1.0 if mention.present or stated else 0.0
+    values = tuple(polarity.values())
     return StudyText(
         findings=findings,
         impression=impression,
         sentences=tuple(split_sentences(text)),
         polarity=values,
         normal=0.0 in values and 1.0 not in values,
+        single=tuple(
+            (found[0].finding, found[0].present, sentence)
+            for sentence, found in of_sentence.items()
+            if len(found) == 1
+        ),
     )
 
 
@@ -132,12 +145,10 @@ class SentenceBank:
             self._known += ~np.isnan(polarity)
             self._stated += np.nan_to_num(polarity)
             self._num_studies += 1
-            for sentence in study.sentences:
-                found = mentions(sentence)
-                if len({mention.finding for mention in found}) == 1:
-                    bucket = kept.setdefault((found[0].finding, found[0].present), {})
-                    if len(bucket) < most:
-                        bucket.setdefault(sentence)
+            for finding, present, sentence in study.single:
+                bucket = kept.setdefault((finding, present), {})
+                if len(bucket) < most:
+                    bucket.setdefault(sentence)
         self._sentences = {key: list(bucket) for key, bucket in kept.items()}
 
     def rate(self, silence: float = 0.0) -> np.ndarray:
