@@ -7,15 +7,18 @@ counter (a multiply-add counts two) and memory from the tensors that autograd wo
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import yaml
 from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ctclip.config import ConfigError, from_dict
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.text import set_trainable, small_bert
 
@@ -64,6 +67,22 @@ class Description:
         state += 4 * (self.total_parameters - self.trainable_parameters)
         volume = self.vision.checkpointed_gib if checkpointing else self.vision.activation_gib
         return max(int((0.9 * memory_gib - state / GIB) / volume), 0)
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The model of a YAML file: a training config, of which only ``model`` counts, or that alone.
+
+    Raises:
+        ConfigError: If the file can't be read or a key isn't known.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable config: {error}") from None
+    model = values.get("model", values) if isinstance(values, dict) else None
+    if not isinstance(model, dict):
+        raise ConfigError(f"{path}: expected the keys of a model, or a key 'model' that holds them")
+    return from_dict(ModelConfig, model, source=str(path))
 
 
 def describe(
@@ -134,14 +153,14 @@ def _cost(
             visual.eval()(image)
         forward = _flops(counter) + attention.flops
         attention.flops = 0.0
-        kept = _Kept(visual)
+        kept = KeptForBackward(visual)
         with FlopCounterMode(display=False) as counter:
             with kept.counting():
                 output = visual.train()(image)
             output.sum().backward()
         training = _flops(counter) + attention.flops
         visual.set_grad_checkpointing()
-        outside = _Kept(visual)
+        outside = KeptForBackward(visual)
         with outside.counting():
             visual(image)
     return TowerCost(
@@ -165,7 +184,7 @@ def _flops(counter: FlopCounterMode) -> float:
     return float(sum(counts.values()))
 
 
-class _Kept:
+class KeptForBackward:
     """Counts the bytes that autograd keeps for backward, parameters and buffers aside."""
 
     def __init__(self, tower: nn.Module) -> None:

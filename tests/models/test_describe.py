@@ -3,9 +3,10 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from ctclip.config import ConfigError
 from ctclip.models.ctclip import ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
-from ctclip.models.describe import describe, table
+from ctclip.models.describe import describe, read_model_config, table
 from ctclip.models.text import TextConfig
 from ctclip.models.vit3d import VisionConfig
 
@@ -82,6 +83,26 @@ def test_ct_clips_tower_costs_what_was_measured_of_it():
     assert description.vision.tokens == 13_824
     assert description.vision.forward_tflop == pytest.approx(0.9667 - 0.1773, rel=0.01)
     assert description.vision.checkpointed_gib < 52.1 / 8 / 4, "a quarter of the original's"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_training_config_or_a_models_own_is_read(tmp_path, wrapped):
+    model = "embed_dim: 24\nvision: {size: tiny}\n"
+    text = f"steps: 5\nmodel:\n  {model.replace(chr(10), chr(10) + '  ')}" if wrapped else model
+    (tmp_path / "config.yaml").write_text(text)
+
+    config = read_model_config(tmp_path / "config.yaml")
+
+    assert (config.embed_dim, config.vision.size) == (24, "tiny")
+
+
+def test_a_config_that_is_none_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("- a list")
+
+    with pytest.raises(ConfigError, match="expected the keys of a model"):
+        read_model_config(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="not a readable config"):
+        read_model_config(tmp_path / "nothing.yaml")
 
 
 def test_a_description_can_be_printed(description):
