@@ -6,6 +6,7 @@ are first-order signed distances: exact at the surface, close to it within a few
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -153,7 +154,7 @@ def cage_radii(patient: Patient, z: Array) -> tuple[Array, Array, Array]:
     t = np.clip((z - WAIST_MM) / (APEX_MM - WAIST_MM), 0.0, 0.9995)
     dome = np.sqrt(1.0 - t * t)
     low = np.clip((WAIST_MM - z) / 120.0, 0.0, 1.5)
-    width = HALF_WIDTH_MM / np.sqrt(patient.barrel) * dome * (1.0 - 0.04 * low * low)
+    width = HALF_WIDTH_MM / math.sqrt(patient.barrel) * dome * (1.0 - 0.04 * low * low)
     depth = HALF_DEPTH_MM * patient.barrel * dome
     return width, depth, 27.0 * t * t
 
@@ -186,7 +187,7 @@ def smooth_min_pair(a: Array, b: Array) -> Array:
 
 def spine_y(patient: Patient, z: Array) -> Array:
     """Y of the centre of the vertebral bodies: kyphotic."""
-    return 56.0 + patient.kyphosis_mm * (1.0 - ((z + 30.0) / 110.0) ** 2)
+    return 47.0 + patient.kyphosis_mm * (1.0 - ((z + 30.0) / 110.0) ** 2)
 
 
 # --- the heart --------------------------------------------------
@@ -253,7 +254,7 @@ def centrelines(patient: Patient) -> dict[str, tuple[Array, Array]]:
     """Name to (points ``(N, 3)``, radii ``(N,)``) of the tubes of the mediastinum."""
     a = patient.aorta
     d = 0.6 * patient.breath_mm
-    back = float(spine_y(patient, np.float32(-100.0))) - 56.0
+    back = float(spine_y(patient, np.float32(-100.0))) - 52.0
     tubes: dict[str, list[tuple[float, float, float, float]]] = {
         "aorta": [
             (-48 - d, -22, 2, 16 * a),
@@ -298,37 +299,62 @@ def centrelines(patient: Patient) -> dict[str, tuple[Array, Array]]:
     }
 
 
-def tube_distance(patient: Patient, grid: Grid, name: str, margin_mm: float) -> Array:
-    """Distance to one tube's surface over a grid; ``FAR_MM`` beyond ``margin_mm``."""
+def lower_to_tube(
+    distance: Array, patient: Patient, grid: Grid, name: str, margin_mm: float
+) -> None:
+    """Lower a distance field over ``grid``, in place, to one tube's surface and its margin."""
     points, radii = centrelines(patient)[name]
     world = patient.to_world(points)
     radii = radii * patient.mean_scale
-    distance = np.full(grid.shape, FAR_MM, np.float32)
     for i in range(len(world) - 1):
         radius = float(radii[i] + radii[i + 1]) / 2
         box, d = capsule_box(grid, world[i], world[i + 1], radius + margin_mm)
         if box is not None and d is not None:
             np.minimum(distance[box], d - np.float32(radius), out=distance[box])
-    return distance
 
 
-# --- lungs ------------------------------------------------------
+# --- lungs -------------------------------------------------------
+
+CONTOUR = (
+    "aorta",
+    "superior vena cava",
+    "left brachiocephalic vein",
+    "pulmonary trunk",
+    "left pulmonary artery",
+    "right pulmonary artery",
+    "trachea",
+)
+"""Tubes that shape the lungs' medial surface; a few mm of fat covers them."""
 
 
 def mediastinum(patient: Patient, z: Array, y: Array, x: Array) -> Array:
-    """Signed distance to the column between the lungs, spine included, heart not."""
+    """Signed distance to the column between the lungs, spine included, heart and vessels not."""
     width = np.interp(
-        z, [-260, -130, -60, -30, 0, 30, 60, 95, 130], [34, 32, 32, 34, 34, 33, 34, 44, 60]
+        z, [-260, -130, -60, -30, 0, 30, 60, 95, 130], [32, 30, 24, 24, 22, 21, 25, 42, 60]
     ).astype(np.float32)
-    # The lungs nearly meet in front of the ascending aorta and behind the heart.
-    front = np.clip((-y - 42.0) / 40.0, 0.0, 1.0)
-    column = np.abs(x - 2.0) - width * (1.0 - 0.62 * front * front)
-    column = np.where(y > 38.0, column + np.clip((y - 38.0) * 0.55, 0.0, 12.0), column)
+    # The lungs nearly meet in front of the ascending aorta: the anterior junction.
+    front = np.clip((-y - 30.0) / 40.0, 0.0, 1.0)
+    column = np.abs(x - 1.0) - width * (1.0 - 0.72 * front)
+    column += np.float32(0.18) * np.clip(y - 12.0, -40.0, 20.0)
     centre = spine_y(patient, z)
-    body = np.sqrt(x * x + np.minimum(y - centre, 0.0) ** 2) - 25.0
-    gutter = np.abs(x) - 24.0 - 0.35 * np.maximum(y - centre, 0.0)
-    spine = np.where(y > centre, gutter, body)
-    return smooth_min(column, spine, 6.0)
+    body = np.sqrt(x * x + np.minimum(y - centre, 0.0) ** 2) - 23.0
+    gutter = np.abs(x) - 22.0 - 0.4 * np.maximum(y - centre, 0.0)
+    return smooth_min(column, np.where(y > centre, gutter, body), 8.0)
+
+
+def contour_distance(patient: Patient, points: Array) -> Array:
+    """Distance of template points ``(N, 3)`` to the nearest contour tube's surface."""
+    nearest = np.full(len(points), FAR_MM, np.float32)
+    tubes = centrelines(patient)
+    for name in CONTOUR:
+        line, radii = tubes[name]
+        for i in range(len(line) - 1):
+            along = line[i + 1] - line[i]
+            offset = points - line[i]
+            t = np.clip(offset @ along / (along @ along), 0.0, 1.0)
+            gap = np.linalg.norm(offset - t[:, None] * along, axis=1)
+            np.minimum(nearest, gap - (radii[i] + radii[i + 1]) / 2, out=nearest)
+    return nearest
 
 
 LOBES = {

@@ -54,11 +54,26 @@ def skin(patient: Patient, z: Array, y: Array, x: Array) -> tuple[Array, Array]:
     return outer.astype(np.float32), muscle
 
 
+NODE_SITES: dict[str, tuple[float, float, float]] = {
+    "right paratracheal": (16.0, 4.0, -19.0),
+    "left paratracheal": (14.0, 4.0, 15.0),
+    "aortopulmonary window": (4.0, -4.0, 29.0),
+    "prevascular": (12.0, -52.0, 4.0),
+    "subcarinal": (-18.0, 20.0, 4.0),
+    "right hilar": (-20.0, 10.0, -44.0),
+    "left hilar": (-18.0, 16.0, 46.0),
+    "right axillary": (38.0, -2.0, -141.0),
+    "left axillary": (38.0, -2.0, 141.0),
+}
+"""Lymph node stations, template (z, y, x)."""
+
+
 def paint_body(scene: Scene) -> None:
     """Paint everything that a healthy chest shows."""
     _paint_table(scene)
     _paint_wall(scene)
     _paint_inside(scene)
+    _paint_small_nodes(scene)
     paint_trees(scene)
 
 
@@ -84,16 +99,19 @@ def _paint_wall(scene: Scene) -> None:
     blend(hu, coverage(outer, edge), SKIN_HU)
     blend(hu, coverage(outer + 2.2, edge), FAT_HU)
     if patient.breast_mm > 1.0:
-        gland = scene.field("gland", 9.0)
-        zone = coverage(np.abs(z + 55.0) - 45.0, 20.0) * coverage(y + 88.0, 10.0)
-        share = np.clip(gland - 0.2, 0, 0.8) * zone * coverage(outer + 12.0, 8.0)
-        blend(hu, share, 30.0)
+        share = np.clip(scene.field("gland", 9.0) - 0.2, 0.0, 0.8)
+        share *= coverage(np.abs(z + 55.0) - 45.0, 20.0) * coverage(y + 88.0, 10.0)
+        blend(hu, share * coverage(outer + 12.0, 8.0), 30.0)
     blend(hu, coverage(muscle, edge), MUSCLE_HU)
     # Fat planes between intercostals, serratus and the superficial muscles; fat in the axilla.
-    plane = np.abs(cage - 15.5 - 2.5 * scene.field("plane", 30.0)) - 1.1
-    blend(hu, 0.9 * coverage(np.maximum(plane, muscle + 2.0), edge), FAT_HU)
-    axilla = ellipsoid((z - 38.0, y + 2.0, np.abs(x) - 143.0), (44.0, 25.0, 17.0))
-    blend(hu, coverage(np.maximum(axilla, 12.0 - cage), 3.0), FAT_HU)
+    wavy = scene.field("plane", 26.0)
+    plane = np.abs(cage - 15.0 - 2.5 * wavy) - 1.0
+    second = np.maximum(np.abs(cage - 27.0 + 3.5 * wavy) - 1.2, -z - 60.0)
+    plane = np.maximum(np.minimum(plane, second), muscle + 2.0)
+    blend(hu, 0.85 * coverage(plane, edge), FAT_HU)
+    axilla = ellipsoid((z - 38.0, y + 2.0, np.abs(x) - 141.0), (46.0, 26.0, 17.0)) + 4.0 * wavy
+    axilla = np.maximum(np.maximum(axilla, 11.0 - cage), muscle + 4.0)
+    blend(hu, coverage(axilla, 3.0), FAT_HU)
     _paint_ribs(patient, hu, cage, edge, z, y, x)
     _paint_spine(patient, hu, edge, z, y, x)
     _paint_girdle(patient, scene.grid, hu)
@@ -116,10 +134,11 @@ def _paint_ribs(
     number = np.clip(np.round(phase), 0, 11)
     across = (phase - number) * VERTEBRA_MM
     # Ribs 1-7 reach the sternum through cartilage; 11 and 12 float.
-    ends = np.interp(number, [0, 6, 9, 10, 11], [3.2, 3.2, 2.5, 1.75, 1.2])
-    bony = np.interp(number, [0, 6, 9, 10, 11], [2.35, 2.2, 2.1, 1.7, 1.15])
+    ribs = [0, 6, 9, 10, 11]
+    ends = np.interp(number, ribs, [3.2, 3.2, 2.5, 1.75, 1.2]).astype(np.float32)
+    bony = np.interp(number, ribs, [2.35, 2.2, 2.1, 1.7, 1.15]).astype(np.float32)
     outline = (np.hypot(shell / 4.0, across / 6.6) - 1.0) * 4.2
-    outline = np.maximum(outline, (angle - ends) * 90.0).astype(np.float32)
+    outline = np.maximum(outline, (angle - ends) * 90.0)
     bone = np.clip((bony - angle) * 12.0 + 0.5, 0.0, 1.0)
     flat = hu.reshape(-1)
     value = flat[near]
@@ -148,7 +167,7 @@ def _paint_spine(patient: Patient, hu: Array, edge: float, z: Array, y: Array, x
     # The arch: a ring around the canal, with transverse and spinous processes once a vertebra.
     canal = np.sqrt(x * x + (behind - 25.0) ** 2)
     arch = np.maximum(np.abs(canal - 11.5) - 3.0, np.abs(within + 1.0) - 8.5)
-    spinous = np.maximum(np.abs(x) - 3.2, np.abs(behind - 47.0 + 0.4 * within) - 13.0)
+    spinous = np.maximum(np.abs(x) - 3.0, np.abs(behind - 44.0 + 0.4 * within) - 10.0)
     spinous = np.maximum(spinous, np.abs(within + 4.0) - 6.5)
     transverse = np.maximum(np.abs(behind - 24.0 - 0.28 * np.abs(x)) - 4.2, np.abs(x) - 36.0)
     transverse = np.maximum(np.maximum(transverse, 10.0 - np.abs(x)), np.abs(within - 3.0) - 5.0)
@@ -179,7 +198,9 @@ def _paint_girdle(patient: Patient, grid: Grid, hu: Array) -> None:
         _, depth, centre = anatomy.cage_radii(patient, z)
         front = y - (centre - depth - 5.5)
         half = np.interp(z, [-110, -95, -60, 10, 22, 48], [4, 9, 17, 12, 22, 26])
-        plate = np.maximum(np.abs(front) - 5.0, np.abs(x) - half.astype(np.float32))
+        across = np.abs(x) / half.astype(np.float32)
+        plate = np.maximum(np.abs(front) - 5.5 * np.sqrt(np.maximum(1.05 - across**4, 0.0)), -5.5)
+        plate = np.maximum(plate, (across - 1.0) * 12.0)
         plate = np.maximum(plate, np.abs(z + 30.0) - 78.0)
         blend(hu[box], coverage(plate, grid.edge_mm), CORTEX_HU * 0.7)
         blend(hu[box], coverage(plate + 1.8, grid.edge_mm), marrow)
@@ -285,28 +306,58 @@ def _paint_heart(scene: Scene) -> None:
     sac = np.maximum(scene.sac[box], 1.5 - scene.dome[box])
     blend(part, coverage(sac, edge), 30.0)
     blend(part, coverage(sac + 1.6, edge), FAT_HU)
-    long = anatomy.heart_axes(patient)[0]
+    long, side, _ = anatomy.heart_axes(patient)
     middle = anatomy.HEART_CENTRE - np.array([0.6 * patient.breath_mm, 0, 0], np.float32)
-    along = long[0] * (z - middle[0]) + long[1] * (y - middle[1]) + long[2] * (x - middle[2])
+    offset = (z - middle[0], y - middle[1], x - middle[2])
+    along = long[0] * offset[0] + long[1] * offset[1] + long[2] * offset[2]
     along /= 62.0 * patient.heart
     # Fat fills the atrioventricular groove, thins over the ventricles, thickens at the apex.
-    fat = 3.0 + 6.0 * np.exp(-(((along + 0.42) / 0.13) ** 2)) + 2.5 * np.clip(along, 0, 1)
+    groove = np.exp(-(((along + 0.42) / 0.12) ** 2))
+    lumpy = np.clip(0.6 + 0.7 * scene.field("epicardium", 16.0, box), 0.1, 2.5)
+    fat = 6.5 * groove + lumpy * (1.6 + 2.0 * np.clip(along, 0, 1) + 2.0 * (offset[1] < -15.0))
     muscle = sac + 1.6 + fat
-    blend(part, coverage(muscle, edge), 50.0 + 0.35 * max(0.0, patient.blood_hu - 45.0))
-    # Ventricular walls of about 10 mm around blood, visible with contrast medium only.
-    blend(part, coverage(muscle + np.where(along > -0.4, 10.0, 3.0), edge), patient.blood_hu)
+    wall_hu = 50.0 + 0.35 * max(0.0, patient.blood_hu - 45.0)
+    blend(part, coverage(muscle, edge), wall_hu)
+    # Ventricular walls and septum around the blood, visible with contrast medium only.
+    across = side[0] * offset[0] + side[1] * offset[1] + side[2] * offset[2]
+    septum = 5.0 - np.abs(across + 6.0)
+    ventricle = np.where(across > -6.0, np.float32(10.0), np.float32(4.0))
+    wall = np.where(along > -0.4, np.maximum(muscle + ventricle, septum), muscle + 3.0)
+    blend(part, coverage(wall, edge), patient.blood_hu)
     for points in anatomy.coronaries(patient).values():
         paint_wire(grid, scene.hu, patient.to_world(points), 1.7, patient.blood_hu)
 
 
-def paint_wire(grid: Grid, hu: Array, world: Array, radius_mm: float, value_hu: float) -> None:
-    """A polyline that may be thinner than a voxel: thickened to be seen, diluted to be right."""
+def paint_wire(
+    grid: Grid,
+    hu: Array,
+    world: Array,
+    radius_mm: float,
+    value_hu: float,
+    below_hu: float = np.inf,
+) -> None:
+    """A polyline that may be thinner than a voxel: thickened to be seen, diluted to be right.
+
+    Voxels already at ``below_hu`` or denser are left alone.
+    """
     radius = max(radius_mm, grid.edge_mm / 2)
     share = (radius_mm / radius) ** 2
     for start, stop in itertools.pairwise(world):
         box, d = capsule_box(grid, start, stop, radius + grid.edge_mm)
         if box is not None and d is not None:
-            blend(hu[box], share * coverage(d - np.float32(radius), grid.edge_mm), value_hu)
+            paint = share * coverage(d - np.float32(radius), grid.edge_mm)
+            blend(hu[box], paint * (hu[box] < below_hu), value_hu)
+
+
+def _paint_small_nodes(scene: Scene) -> None:
+    """Normal lymph nodes of 3-7 mm in mediastinum and axillae: everybody has some."""
+    rng = np.random.default_rng([scene.patient.tree_seed, 5])
+    count = int(rng.integers(6, 16))
+    sites = np.array(list(NODE_SITES.values()))[rng.integers(len(NODE_SITES), size=count)]
+    for centre in scene.patient.to_world(sites + rng.normal(0, 5.0, (count, 3))):
+        short = float(rng.uniform(1.5, 3.5))
+        bean = np.stack([centre, centre + short * rng.normal(0, 1.0, 3).astype(np.float32)])
+        paint_wire(scene.grid, scene.hu, bean, short, 38.0, below_hu=10.0)
 
 
 def _paint_fissures(scene: Scene) -> None:

@@ -18,7 +18,6 @@ import concurrent.futures
 import csv
 import dataclasses
 import functools
-import gzip
 import hashlib
 import io
 import json
@@ -32,6 +31,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ from ctclip.phantom.reports import ReportConfig
 
 logger = logging.getLogger(__name__)
 
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 """Part of the fingerprint: raised when the same seed draws other voxels or words."""
 
 
@@ -312,7 +312,7 @@ def nifti_bytes(hu: NDArray[np.int16], grid: Grid) -> bytes:
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)
     # Without a time stamp, the same patient is the same file to the byte.
-    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
+    return igzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
 
 
 def _write_atomic(path: Path, data: bytes) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from ctclip.findings import FINDINGS
 from ctclip.phantom import anatomy, trees
 from ctclip.phantom.anatomy import ALL_LOBES, LOBES, Patient
+from ctclip.phantom.body import NODE_SITES
 from ctclip.phantom.grid import Array
 from ctclip.phantom.lesions import Lesion
 
@@ -103,8 +104,8 @@ def sample_lesions(
                 kind="global",
                 side="midline",
                 lobe="heart",
-                size_mm=width,
-                severity=severity,
+                size_mm=round(width, 1),
+                severity=round(severity, 3),
             )
         )
     sites = Sites(patient, rng)
@@ -201,7 +202,7 @@ def _atelectases(finding: str, sites: Sites, rng: np.random.Generator) -> list[L
     for side in _sides(rng, 0.70, 0.15, 0.15):
         upper, middle, lower = LOBES[side]
         if kind == "dependent":
-            size = 10.0 + 22.0 * severity
+            size = 7.0 + 15.0 * severity
             lesions.append(_lesion(finding, rng, kind, side, lower, size, severity))
             continue
         lobe = _choose(rng, {upper: 0.16, middle: 0.34, lower: 0.50})
@@ -214,9 +215,9 @@ def _atelectases(finding: str, sites: Sites, rng: np.random.Generator) -> list[L
 def _effusions(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesion]:
     lesions = []
     kind = "loculated" if rng.random() < 0.1 else "free"
-    size = _lognormal(rng, 24.5, 62.0, 6.0, 85.0)
+    size = _lognormal(rng, 22.0, 52.0, 6.0, 70.0)
     for side in _sides(rng, 0.74, 0.15, 0.11):
-        own = float(np.clip(size * np.exp(rng.normal(0, 0.3)), 5.0, 90.0))
+        own = float(np.clip(size * np.exp(rng.normal(0, 0.3)), 5.0, 75.0))
         lesions.append(
             _lesion(finding, rng, kind, side, f"{side} pleural space", own, min(1.0, own / 70.0))
         )
@@ -262,7 +263,7 @@ def _septa(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesion]
     sides = _sides(rng, 0.86, 0.06, 0.08)
     side = "both" if len(sides) == 2 else sides[0]
     lobes = [RIGHT_LOWER, LEFT_LOWER] if side == "both" else [LOBES[side][2]]
-    return [_lesion(finding, rng, "smooth", side, "+".join(lobes), 1.2 + 1.6 * severity, severity)]
+    return [_lesion(finding, rng, "smooth", side, "+".join(lobes), 1.1 + 1.2 * severity, severity)]
 
 
 def _walls(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesion]:
@@ -316,26 +317,26 @@ def _hernias(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesio
     return [_lesion(finding, rng, kind, "midline", "oesophageal hiatus", size, severity, [point])]
 
 
-STATIONS: dict[str, tuple[str, tuple[float, float, float], float]] = {
-    "right paratracheal": ("right", (16.0, 4.0, -20.0), 0.22),
-    "left paratracheal": ("left", (14.0, 4.0, 16.0), 0.10),
-    "aortopulmonary window": ("left", (4.0, -4.0, 30.0), 0.14),
-    "prevascular": ("midline", (10.0, -52.0, 6.0), 0.10),
-    "subcarinal": ("midline", (-18.0, 20.0, 4.0), 0.18),
-    "right hilar": ("right", (-20.0, 10.0, -46.0), 0.10),
-    "left hilar": ("left", (-18.0, 16.0, 48.0), 0.06),
-    "right axillary": ("right", (38.0, -2.0, -143.0), 0.05),
-    "left axillary": ("left", (38.0, -2.0, 143.0), 0.05),
+STATIONS: dict[str, tuple[str, float]] = {
+    "right paratracheal": ("right", 0.22),
+    "left paratracheal": ("left", 0.10),
+    "aortopulmonary window": ("left", 0.14),
+    "prevascular": ("midline", 0.10),
+    "subcarinal": ("midline", 0.18),
+    "right hilar": ("right", 0.10),
+    "left hilar": ("left", 0.06),
+    "right axillary": ("right", 0.05),
+    "left axillary": ("left", 0.05),
 }
-"""Station to side, template position (z, y, x) and share of enlarged nodes."""
+"""Lymph node station to side and share of enlarged nodes."""
 
 
 def _nodes(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesion]:
     lesions = []
-    shares = {name: share for name, (_, _, share) in STATIONS.items()}
+    shares = {name: share for name, (_, share) in STATIONS.items()}
     chosen = {_choose(rng, shares) for _ in range(1 + int(rng.poisson(1.4)))}
     for name in sorted(chosen):
-        side, centre, _ = STATIONS[name]
+        side, centre = STATIONS[name][0], NODE_SITES[name]
         size = _lognormal(rng, 12.0, 20.0, 10.0, 36.0)
         count = 1 + int(rng.poisson(0.6))
         points = [

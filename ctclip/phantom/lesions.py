@@ -156,7 +156,7 @@ def _nodule(scene: Scene, lesion: Lesion) -> None:
     rng = lesion.rng()
     radius = lesion.size_mm / 2
     stretch = np.exp(rng.normal(0, 0.08, 3))
-    radii = (radius * stretch / np.max(stretch)).astype(np.float32)
+    radii = (radius * stretch / np.cbrt(np.prod(stretch))).astype(np.float32)
     rough = {"spiculated": 0.22, "ground-glass": 0.15}.get(lesion.kind, 0.06)
     box, d = _blob(scene, lesion, _points(lesion)[0], radii, rough)
     if box is None or d is None:
@@ -186,7 +186,7 @@ def _opacity(scene: Scene, lesion: Lesion) -> None:
     rng = lesion.rng()
     density = rng.uniform(-640, -480)
     for centre in _points(lesion):
-        radii = lesion.size_mm / 2 * np.array([1.0, 0.85, 0.85]) * np.exp(rng.normal(0, 0.15, 3))
+        radii = lesion.size_mm / 2 * np.array([1, 0.85, 0.85]) * np.exp(rng.normal(0, 0.15, 3))
         box, d = _blob(scene, lesion, centre, radii.astype(np.float32), 0.30)
         if box is None or d is None:
             continue
@@ -236,11 +236,11 @@ def _atelectasis(scene: Scene, lesion: Lesion) -> None:
         # Near horizontal, rising or falling towards the pleura.
         normal = np.array([1.0, rng.normal(0, 0.35), rng.normal(0, 0.35)], np.float32)
         normal /= np.linalg.norm(normal)
-        thick = rng.uniform(2.5, 6.0) + 3.0 * lesion.severity
-        box, d = _plate(scene, centre, normal, lesion.size_mm / 2, float(thick))
-        if box is not None and d is not None:
-            share = min(1.0, thick / scene.grid.edge_mm) * coverage(d, scene.grid.edge_mm)
-            raise_to(scene.hu[box], share * _in_lung(scene, box), 20.0)
+        width_mm = rng.uniform(2.5, 6.0) + 3.0 * lesion.severity
+        part, plate = _plate(scene, centre, normal, lesion.size_mm / 2, width_mm)
+        if part is not None and plate is not None:
+            share = min(1.0, width_mm / scene.grid.edge_mm) * coverage(plate, scene.grid.edge_mm)
+            raise_to(scene.hu[part], share * _in_lung(scene, part), 20.0)
 
 
 def _dependent(scene: Scene, box: Box, thickness_mm: float) -> Array:
@@ -248,7 +248,7 @@ def _dependent(scene: Scene, box: Box, thickness_mm: float) -> Array:
     z, y, _ = scene.template_in(box)
     # Small amounts lie in the posterior recess; large ones climb to the apex and the flank.
     top = np.float32(-75.0 + 2.6 * thickness_mm)
-    front = np.float32(55.0 - 1.1 * thickness_mm)
+    front = np.float32(60.0 - 0.9 * thickness_mm)
     low = np.clip((top - z) / 60.0, 0.0, 1.0)
     back = np.clip((y - front) / 45.0, 0.0, 1.0)
     return (np.float32(thickness_mm) * low * back).astype(np.float32)
@@ -317,8 +317,8 @@ def _septal(scene: Scene, lesion: Lesion) -> None:
         return
     depth = -scene.lung[box]
     z, _, _ = scene.template_in(box)
-    reach = 16.0 + 26.0 * lesion.severity
-    basal = np.clip(0.45 - (z + 10.0) / 110.0 + 0.5 * lesion.severity, 0.0, 1.0)
+    reach = 12.0 + 18.0 * lesion.severity
+    basal = np.clip(0.25 - (z + 20.0) / 110.0 + 0.35 * lesion.severity, 0.0, 1.0)
     where = np.flatnonzero((depth > 0.5) & (depth < reach) & (basal > 0.05))
     if not len(where):
         return
@@ -329,7 +329,7 @@ def _septal(scene: Scene, lesion: Lesion) -> None:
     )
     gap = voronoi_gap(points, 13.0, lesion.seed)
     edge = scene.grid.edge_mm
-    thick = 1.2 + 1.6 * lesion.severity
+    thick = lesion.size_mm
     half = max(thick, edge) / 2
     share = coverage(gap - np.float32(half), edge) * min(1.0, thick / edge)
     flat = scene.hu[box].ravel()
@@ -339,9 +339,9 @@ def _septal(scene: Scene, lesion: Lesion) -> None:
     if not isinstance(side, float):
         fade = fade * side.ravel()[where]
     value = flat[where]
-    raise_to(value, (share * fade).astype(np.float32), -120.0)
+    raise_to(value, (share * fade).astype(np.float32), -220.0)
     # Interstitial oedema hazes the lobules a little as well.
-    raise_to(value, (0.35 * lesion.severity * fade).astype(np.float32), -620.0)
+    raise_to(value, (0.2 * lesion.severity * fade).astype(np.float32), -620.0)
     flat[where] = value
     scene.hu[box] = flat.reshape(grid.shape)
 
@@ -379,15 +379,13 @@ def _fibrotic(scene: Scene, lesion: Lesion) -> None:
     """Scars: irregular bands that reach the pleura, an apical cap, or reticulation."""
     rng = lesion.rng()
     for centre in _points(lesion):
-        if lesion.kind == "apical cap":
-            box = _around(scene, centre, 34.0)
-            if box is None:
-                continue
+        box = _around(scene, centre, 34.0)
+        if lesion.kind == "apical cap" and box is not None:
             near = ellipsoid(_offsets(scene, box, centre), (26.0, 32.0, 32.0))
             within = np.stack([centre - 34.0, centre + 34.0])
             bumps = scene.field(lesion.name, 7.0, box, within)
-            thick = 3.0 + 0.45 * lesion.size_mm * (1.0 + 0.5 * bumps)
-            cap = np.maximum(-scene.lung[box] - thick, near)
+            cap = -scene.lung[box] - 2.0 - 0.25 * lesion.size_mm * (1.0 + 0.5 * bumps)
+            cap = np.maximum(cap, near)
             share = coverage(cap, scene.grid.edge_mm) * _in_lung(scene, box)
             raise_to(scene.hu[box], share, -40.0)
         for _ in range(2 + round(3 * lesion.severity)):

@@ -78,15 +78,17 @@ class Scene:
         """Signed distance to the lungs' surface (visceral pleura), world mm."""
         middle = anatomy.mediastinum(self.patient, *self.template)
         middle = smooth_min(middle, self.sac - 2.0, 10.0)
-        aorta = anatomy.tube_distance(self.patient, self.grid, "aorta", 14.0)
-        np.minimum(middle, aorta - 2.0, out=middle)
+        tubes = np.full(self.grid.shape, FAR_MM, np.float32)
+        for name in anatomy.CONTOUR:
+            anatomy.lower_to_tube(tubes, self.patient, self.grid, name, 12.0)
+        middle = smooth_min(middle, tubes - 3.0, 8.0)
         distance = np.maximum(np.maximum(self.cage, -self.dome), -middle)
         return distance * np.float32(self.patient.mean_scale)
 
     @functools.cached_property
     def trees(self) -> trees.LungTrees:
         """Vessels and airways, finer on finer grids."""
-        ends = 64 if self.grid.edge_mm > 2.5 else (256 if self.grid.edge_mm > 1.2 else 512)
+        ends = 128 if self.grid.edge_mm > 2.5 else (512 if self.grid.edge_mm > 1.2 else 1024)
         return trees.grow_trees(self.patient, ends)
 
     @functools.cached_property

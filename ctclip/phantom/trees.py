@@ -63,6 +63,7 @@ def lung_depth(patient: Patient, points: Array) -> Array:
     middle = np.minimum(
         anatomy.mediastinum(patient, z, y, x), anatomy.heart(patient, z, y, x) - 2.0
     )
+    middle = np.minimum(middle, anatomy.contour_distance(patient, points) - 3.0)
     return -np.maximum(d, -middle)
 
 
@@ -79,7 +80,7 @@ def _grow(
         groups = groups.reshape(2 * groups_n, m // 2, 3)
         parent = np.repeat(node, 2, axis=0)
         centroid = groups.mean(axis=1)
-        reach = 0.42 if groups.shape[1] > 1 else 1.0
+        reach = 0.38 if groups.shape[1] > 1 else 1.0
         node = parent + reach * (centroid - parent)
         if groups.shape[1] > 1:
             length = np.linalg.norm(node - parent, axis=1, keepdims=True)
@@ -105,7 +106,7 @@ def grow_trees(patient: Patient, ends: int = 256) -> LungTrees:
             points = lung_points(patient, rng, 6 * ends, 3.5)
             points = points[points[:, 2] * sign > 0]
             root = np.array(HILA[kind][side], np.float32)
-            end_radius = 0.62 * (256 / ends) ** MURRAY
+            end_radius = 0.80 * (256 / ends) ** MURRAY
             start, stop, radius = _grow(root, points[:ends], end_radius, rng)
             trees[kind].append(_in_world(patient, start, stop, radius))
             if kind == "arteries":
