@@ -1,0 +1,60 @@
+"""What every command shares: a parser with config and overrides, and errors in one sentence."""
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Command = Callable[[Sequence[str] | None], None]
+
+
+def command(function: Command) -> Command:
+    """Turn what a user's file or argument caused into one sentence and exit status 2."""
+
+    @functools.wraps(function)
+    def run(argv: Sequence[str] | None = None) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("ctclip").setLevel(logging.INFO)
+        try:
+            function(argv)
+        except (ValueError, OSError) as error:
+            if os.environ.get("CTCLIP_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def new_parser(doc: str | None, config_folder: str | None = None) -> argparse.ArgumentParser:
+    """Start a parser; with ``config_folder`` it takes ``--config`` and ``key=value`` overrides."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if config_folder is not None:
+        parser.add_argument("--config", help=f"YAML, see configs/{config_folder}/")
+        parser.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="config values, e.g. seed=1"
+        )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags and ``key=value`` pairs in any order, which plain ``parse_args`` does not allow."""
+    args = parser.parse_intermixed_args(argv)
+    for override in getattr(args, "overrides", []):
+        if "=" not in override:
+            parser.error(f"expected key=value, got {override!r}")
+    return args
+
+
+def given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
+    """Flags that were given, by the config field they fill."""
+    values = {field: getattr(args, flag) for flag, field in names.items()}
+    return {field: value for field, value in values.items() if value is not None}

@@ -1,0 +1,118 @@
+"""Commands that make data: phantoms and prepared cohorts, and a look at one scan."""
+
+import os
+from collections.abc import Sequence
+
+from ctclip.cli.command import command, new_parser, parse
+
+
+@command
+def phantom(argv: Sequence[str] | None = None) -> None:
+    """Build a cohort of phantom chest CTs with reports, labels and the truth beside them.
+
+    ctclip-phantom --config configs/phantom/quickstart.yaml --out phantoms
+    """
+    parser = new_parser(phantom.__doc__, "phantom")
+    parser.add_argument("--out", required=True, help="folder of the cohort")
+    args = parse(parser, argv)
+
+    from ctclip import config
+    from ctclip.phantom import cohort as job
+
+    job.build(config.load(job.PhantomConfig, args.config, args.overrides), args.out)
+
+
+@command
+def prepare(argv: Sequence[str] | None = None) -> None:
+    """Check, resample and compress scans once; every refusal goes to a ledger.
+
+    ctclip-prepare --source manifest.csv --out prepared
+    ctclip-prepare --source CT-RATE/ --config configs/prepare/base.yaml --out prepared
+    """
+    parser = new_parser(prepare.__doc__, "prepare")
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="manifest CSV or Parquet, CT-RATE or RAD-ChestCT folder, DICOM folder, or scans",
+    )
+    parser.add_argument("--out", required=True, help="folder for prepared cohorts")
+    parser.add_argument(
+        "--kind",
+        default="auto",
+        choices=["auto", "manifest", "ct-rate", "rad-chestct", "dicom", "files"],
+        help="what the source is, where it can't be told from its content",
+    )
+    parser.add_argument("--like", metavar="CKPT", help="preprocess as this checkpoint wants it")
+    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
+    parser.add_argument(
+        "--variant",
+        default="located",
+        choices=["located", "16", "15"],
+        help="RAD-ChestCT: which mapping to the 18 findings",
+    )
+    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    parser.add_argument("--strict", action="store_true", help="any ledger entry is an error")
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="use volumes held back for this reason, e.g. hu-offset (may be repeated)",
+    )
+    args = parse(parser, argv)
+
+    from ctclip import config
+    from ctclip.data import cache as job
+    from ctclip.data.sources import read_source
+    from ctclip.data.volume import VolumeConfig
+
+    if args.like and (args.config or args.overrides):
+        parser.error("--like takes every setting from the checkpoint; leave out the others")
+    if args.like:
+        from ctclip import checkpoint
+
+        settings = checkpoint.load(args.like).volume_config
+    else:
+        settings = config.load(VolumeConfig, args.config, args.overrides)
+    records, problems = read_source(
+        args.source, kind=args.kind, root=args.root, variant=args.variant
+    )
+    job.prepare(
+        records,
+        args.out,
+        settings,
+        workers=args.workers or os.cpu_count() or 1,
+        strict=args.strict,
+        problems=problems,
+        accept=args.accept,
+    )
+
+
+@command
+def inspect(argv: Sequence[str] | None = None) -> None:
+    """Show what ctclip sees in a scan: geometry, HU, what was applied, warnings, and a picture.
+
+    ctclip-inspect scan.nii.gz
+    ctclip-inspect dicom_folder --series 1.2.840… --out picture.png
+    """
+    parser = new_parser(inspect.__doc__)
+    parser.add_argument("scan", help="NIfTI, NRRD or MHA file, or a DICOM folder")
+    parser.add_argument("--series", help="DICOM SeriesInstanceUID, where a folder holds several")
+    parser.add_argument("--out", help="PNG file; <name>.png in the current folder by default")
+    args = parse(parser, argv)
+
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from ctclip.data import inspect as job
+
+    result = job.inspect(args.scan, series=args.series)
+    console = Console()
+    console.print(job.render(result))
+    if result.volume is not None:
+        picture = Path(args.out or Path(args.scan).name.split(".")[0] + ".png")
+        job.save_picture(result, picture)
+        console.print(f"picture: {picture}", soft_wrap=True)
+    if not result.is_usable:
+        raise SystemExit(1)

@@ -1,0 +1,88 @@
+"""Commands around the model: pretrain it, convert CT-CLIP's, describe what one costs."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ctclip.cli.command import command, new_parser, parse
+
+
+@command
+def pretrain(argv: Sequence[str] | None = None) -> None:
+    """Pretrain the two towers on volume-report pairs.
+
+    deepspeed train/pretrain.py --config configs/pretrain/base.yaml cohort=prepared/ab12 out=run
+
+    Started again, it goes on from the newest checkpoint.
+    """
+    parser = new_parser(pretrain.__doc__, "pretrain")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed adds it
+    args = parse(parser, argv)
+
+    from ctclip import config
+    from ctclip.training import pretrain as job
+
+    settings = config.load(job.PretrainConfig, args.config, args.overrides)
+    job.run(settings, _evaluators(settings))
+
+
+def _evaluators(settings: Any) -> list[Any]:
+    """Zero-shot AUROC on the development split, where the run asks for evaluations."""
+    if settings.checkpoint.evaluate_every == 0:
+        return []
+    from ctclip.data.cache import PreparedCohort
+    from ctclip.evaluation import zero_shot as scoring
+
+    cohort = PreparedCohort.open(settings.cohort)
+    if not any(record.split == "valid" for record in cohort.records):
+        logging.getLogger(__name__).warning("no split 'valid': no zero-shot AUROC while training")
+        return []
+    return [scoring.evaluator(cohort, "valid", windows_hu=settings.windows_hu)]
+
+
+@command
+def convert(argv: Sequence[str] | None = None) -> None:
+    """Turn a released checkpoint of CT-CLIP, VocabFine or ClassFine into a ctclip checkpoint.
+
+    ctclip-convert --from ct-clip CT-CLIP_v2.pt --out ct_clip.safetensors
+    """
+    parser = new_parser(convert.__doc__)
+    parser.add_argument("source", help=".pt file; it is read without running code from it")
+    parser.add_argument("--from", dest="kind", choices=["ct-clip"], default="ct-clip")
+    parser.add_argument("--out", required=True, help="the .safetensors file to write")
+    parser.add_argument("--tokenizer", help="Hugging Face name or folder; CXR-BERT by default")
+    args = parse(parser, argv)
+
+    from rich.console import Console
+
+    from ctclip import checkpoint
+    from ctclip.models.convert import report
+
+    conversion = checkpoint.convert_ct_clip(args.source, args.out, tokenizer=args.tokenizer)
+    Console().print(report(conversion))
+
+
+@command
+def describe(argv: Sequence[str] | None = None) -> None:
+    """Say what a model costs: parameters, tokens, FLOPs, activations, largest batch of a card.
+
+    ctclip-describe configs/pretrain/base.yaml --size 240 480 480
+    """
+    parser = new_parser(describe.__doc__)
+    parser.add_argument("config", help="YAML of a pretraining run or of a model")
+    parser.add_argument(
+        "--size", type=int, nargs=3, default=(240, 480, 480), metavar=("D", "H", "W")
+    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--cards", type=float, nargs="+", default=(24, 40, 80), metavar="GIB")
+    args = parse(parser, argv)
+
+    from rich.console import Console
+
+    from ctclip.models import describe as job
+
+    config = job.read_model_config(args.config)
+    size = (args.size[0], args.size[1], args.size[2])
+    description = job.describe(config, size, precision=args.precision)
+    Console().print(job.table(description, tuple(args.cards)))
