@@ -7,14 +7,13 @@ so that a file that crashes a decoder or eats memory takes nobody else down.
 
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +28,8 @@ CHUNK_BYTES = 1 << 20
 MAX_RATIO = 100
 """Compression that no image data reaches; DICOM stays below 10."""
 
-CHILD = "from ctclip.retrieval.intake import read_as_child; read_as_child()"
-REFUSED = 3
-"""Exit status of a child that says why it can't use a scan."""
+PRELOAD = ["ctclip.data.volume"]
+"""Imported once by the server that reading processes are forked from: it takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,62 +155,51 @@ def _head(path: Path) -> bytes:
 
 
 def _read_in_child(source: Path, out: Path, config: "VolumeConfig", limits: Limits) -> np.ndarray:
-    job = {
-        "source": str(source),
-        "out": str(out),
-        "config": asdict(config),
-        "memory_mib": limits.memory_mib,
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", CHILD],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limits.read_s,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise UploadError(
-            "too-slow", f"reading the scan took more than {limits.read_s:.0f} s"
-        ) from None
-    if child.returncode == REFUSED:
-        reason = json.loads(child.stdout.splitlines()[-1])
-        raise UploadError(reason["code"], reason["detail"])
-    if child.returncode != 0 or not out.is_file():
-        logger.warning("the reader of an upload ended with status %d", child.returncode)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    reason = out.with_suffix(".json")
+    child = processes.Process(
+        target=_read, args=(source, out, reason, config, limits.memory_mib), daemon=True
+    )
+    child.start()
+    child.join(limits.read_s)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise UploadError("too-slow", f"reading the scan took more than {limits.read_s:g} s")
+    if reason.is_file():
+        refusal = json.loads(reason.read_text(encoding="utf-8"))
+        raise UploadError(refusal["code"], refusal["detail"])
+    if child.exitcode != 0 or not out.is_file():
+        logger.warning("the reader of an upload ended with status %s", child.exitcode)
         raise UploadError("unreadable", "the scan could not be decoded; the file may be damaged")
-    return np.load(out, allow_pickle=False)
+    voxels: np.ndarray = np.load(out, allow_pickle=False)
+    return voxels
 
 
-def read_as_child() -> None:
-    """Entry point of the reading process: a job on stdin, voxels or a reason back."""
+def _read(source: Path, out: Path, reason: Path, config: "VolumeConfig", memory_mib: int) -> None:
+    """In the child: leave voxels in ``out``, or say why not in ``reason``."""
     import psutil
 
-    from ctclip.config import from_dict
     from ctclip.data import volume
 
-    job = json.loads(sys.stdin.read())
-    ceiling = psutil.Process().memory_info().vms + (job["memory_mib"] << 20)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)  # decoders complain with file names
+    ceiling = psutil.Process().memory_info().vms + (memory_mib << 20)
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    config = from_dict(volume.VolumeConfig, job["config"])
-    source = Path(job["source"])
     try:
         hu = volume.preprocess(volume.read(source), config)
     except volume.VolumeError as error:
-        _refuse(error.code, error.detail.replace(str(source.parent), "").replace(source.name, ""))
+        detail = error.detail.replace(str(source), "").replace(str(source.parent), "")
+        refusal = {"code": error.code, "detail": detail}
     except MemoryError:
-        _refuse("too-large", "the scan needs more memory than is allowed")
-    np.save(job["out"], hu)
-
-
-def _refuse(code: str, detail: str) -> None:
-    sys.stdout.write(json.dumps({"code": code, "detail": detail}) + "\n")  # read by the parent
-    raise SystemExit(REFUSED)
+        refusal = {"code": "too-large", "detail": "the scan needs more memory than is allowed"}
+    else:
+        np.save(out, hu)
+        return
+    reason.write_text(json.dumps(refusal), encoding="utf-8")
 
 
 def _plain(error: Exception) -> str:

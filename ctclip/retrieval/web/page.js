@@ -80,7 +80,8 @@ function buildFilters() {
     if (name === "age" || name === "date") {
       const type = name === "age" ? "number" : "date";
       for (const end of [0, 1]) {
-        label.append(make("input", { type, id: `${name}-${end}`, value: kept[name]?.[end] ?? "", ariaLabel: word(name) }), " ");
+        const hint = word(end ? "to" : "from");
+        label.append(make("input", { type, id: `${name}-${end}`, value: kept[name]?.[end] ?? "", placeholder: hint, ariaLabel: `${word(name)} ${hint}` }), " ");
       }
     } else {
       const select = make("select", { id: `field-${name}` });

@@ -16,7 +16,7 @@ class Viewers {
   async open(side) {
     if (this.view[side]) return this.view[side];
     const nv = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], crosshairWidth: 0.5, crosshairColor: [0.4, 0.7, 0.95, 0.6],
+      backColor: [0, 0, 0, 1], crosshairWidth: 0.15, crosshairColor: [0.4, 0.7, 0.95, 0.5],
       isRadiologicalConvention: true, dragAndDropEnabled: false, loadingText: "", logLevel: "error",
       isOrientCube: false, isColorbar: false, show3Dcrosshair: false,
     });
