@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
-QUERY ?= phantom_00000_a
+QUERY ?= phantom_00125_a
 
 # A port of this run's own, so that two runs on one machine don't meet.
 PORT := $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
