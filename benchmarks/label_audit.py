@@ -75,11 +75,14 @@ def main() -> None:
                 "interval_holds_rate": round(float(group["held"].mean()), 3),
                 "top_k_truly_wrong": round(group["top_k"].mean(), 3),
                 "top_k_random": round(group["chance"].mean(), 3),
-                "cleanlab_count_estimate": round(group["cleanlab"].mean(), 4),
+                "cleanlab_count_estimate": round(group["cleanlab"].mean(), 4)
+                if kind == "flip"
+                else None,
             }
         )
     result = {
         "command": "python " + " ".join(sys.argv),
+        "source": "simulated embeddings" if args.train is None else args.train,
         "volumes": len(train),
         "visible_findings_per_seed": visible_counts,
         "definition": "flip: estimate is the share of all labels that are wrong; "

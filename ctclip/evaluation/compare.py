@@ -88,7 +88,7 @@ def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
             f"{tables[1].name} with {tables[1].volume_id[0]!r}"
         )
     order = [name for name in first.volume_id.tolist() if name in common]
-    aligned = []
+    aligned: list[ScoreTable] = []
     for table in tables:
         row = {name: index for index, name in enumerate(table.volume_id.tolist())}
         chosen = table.rows(np.array([row[name] for name in order])).of_findings(first.findings)
@@ -178,15 +178,15 @@ def detectable(error: float) -> float:
 
 def _macro(rows: list[Difference], areas_a: np.ndarray, areas_b: np.ndarray) -> Difference:
     measured = [row for row in rows if not np.isnan(row.difference)]
+    nan = float("nan")
+    if not measured:
+        return Difference(finding="macro", auroc_a=nan, auroc_b=nan, difference=nan)
+    difference = float(np.mean([row.difference for row in measured]))
     spread = bootstrap.defined(
         metrics.mean_over_findings(areas_b) - metrics.mean_over_findings(areas_a)
     )
-    if not measured or len(spread) < 2:
-        nan = float("nan")
-        return Difference(finding="macro", auroc_a=nan, auroc_b=nan, difference=nan)
-    difference = float(np.mean([row.difference for row in measured]))
-    low, high = bootstrap.interval(spread, LEVEL)
-    error = float(np.std(spread, ddof=1))
+    low, high = bootstrap.interval(spread, LEVEL) if len(spread) else (nan, nan)
+    error = float(np.std(spread, ddof=1)) if len(spread) > 1 else nan
     return Difference(
         finding="macro",
         auroc_a=float(np.mean([row.auroc_a for row in measured])),
@@ -194,6 +194,6 @@ def _macro(rows: list[Difference], areas_a: np.ndarray, areas_b: np.ndarray) -> 
         difference=difference,
         low=low,
         high=high,
-        p=float(2 * norm.sf(abs(difference) / error)) if error else 1.0,
+        p=1.0 if error == 0 else float(2 * norm.sf(abs(difference) / error)),
         detectable=detectable(error),
     )

@@ -115,7 +115,7 @@ def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = Non
     if len(common) < len(score_frame):
         logger.warning("%d of %d volumes have no labels", len(score_frame) - len(common),
                        len(score_frame))  # fmt: skip
-    sources = {finding: (finding,) for finding in FINDINGS}
+    sources: dict[str, tuple[str, ...]] = {finding: (finding,) for finding in FINDINGS}
     if protocol is not None:
         for entry in protocol.findings:
             sources |= dict.fromkeys(entry.scores, entry.labels)
@@ -182,5 +182,7 @@ def _table(
         labels=labels,
         scores=scores,
         header=dict(header),
-        **keys,
+        study_id=keys["study_id"],
+        patient_id=keys["patient_id"],
+        split=keys["split"],
     )

@@ -160,7 +160,7 @@ def _audit_finding(
     logits = probes.out_of_fold(
         table.vectors, labels, patient_id, num_folds=config.num_folds, seed=config.seed
     )
-    counts = {
+    counts: dict[str, Any] = {
         "finding": FINDINGS[k],
         "known": int(known.sum()),
         "unknown": int((~known).sum()),

@@ -51,7 +51,9 @@ class PromptSet:
 
     def template(self, index: int) -> "PromptSet":
         """The set with only the ``index``-th pair of each finding (the last, where fewer)."""
-        pairs = {f: (p[min(index, len(p) - 1)],) for f, p in self.pairs.items()}
+        pairs: dict[str, tuple[Pair, ...]] = {
+            finding: (pairs[min(index, len(pairs) - 1)],) for finding, pairs in self.pairs.items()
+        }
         return PromptSet(f"{self.name}[{index}]", pairs)
 
 

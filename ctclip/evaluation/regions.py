@@ -95,7 +95,7 @@ def score_records(
             boxes = windows(image.shape[2:], window or image.shape[2:])
             parts = []
             for box in boxes:
-                crop = image[(slice(None), slice(None), *box)]
+                crop = image[:, :, box[0], box[1], box[2]]
                 if patches:
                     parts.append(top_k(model.encode_patches(crop), directions, patches))
                 else:

@@ -230,7 +230,8 @@ def read_sizes(path: str | Path) -> dict[tuple[str, str], float]:
     if missing:
         raise ValueError(f"{path}: no column {sorted(missing)[0]!r}")
     largest = frame.groupby(["volume_id", "finding"])["size_mm"].max()
-    return {(str(v), str(f)): float(size) for (v, f), size in largest.items()}
+    rows = largest.reset_index().itertuples(index=False)
+    return {(str(row.volume_id), str(row.finding)): float(row.size_mm) for row in rows}
 
 
 def write(

@@ -258,8 +258,13 @@ def run(
     if volume is not None:
         found = score_volume(checkpoint, volume, config)
         folder.mkdir(parents=True, exist_ok=True)
-        payload = {"volume": str(volume), "model": name, "checkpoint": checkpoint.sha256}
-        payload |= {"prompts": prompts.load(config.prompts).label, "scores": found}
+        payload = {
+            "volume": str(volume),
+            "model": name,
+            "checkpoint": checkpoint.sha256,
+            "prompts": prompts.load(config.prompts).label,
+            "scores": found,
+        }
         (folder / "scores.json").write_text(json.dumps(payload, indent=1), encoding="utf-8")
         report.print_scores(found)
         return found
