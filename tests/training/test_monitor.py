@@ -1,0 +1,63 @@
+import json
+import math
+
+import pytest
+
+from ctclip.training.monitor import Monitor, MonitorConfig
+
+
+def monitor(out, start_step=0, **changes):
+    return Monitor(
+        out, MonitorConfig(**{"log_every": 2} | changes), {}, start_step=start_step, total_steps=10
+    )
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_averages_over_its_steps(tmp_path):
+    with monitor(tmp_path) as running:
+        for step, loss in enumerate([1.0, 3.0, 5.0, 7.0], start=1):
+            running.step(step, volumes=8, waited_s=0.0, numbers={"loss": loss})
+
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2.0), (4, 6.0)]
+    assert all(line["volumes_per_s"] > 0 for line in lines(tmp_path))
+    assert all(line["data_wait_share"] == 0.0 for line in lines(tmp_path))
+    assert all(line["peak_gib"] > 0 for line in lines(tmp_path))
+
+
+def test_a_skipped_step_does_not_spoil_the_mean(tmp_path):
+    with monitor(tmp_path) as running:
+        running.step(1, volumes=8, waited_s=0.0, numbers={"loss": math.nan})
+        running.step(2, volumes=8, waited_s=0.0, numbers={"loss": 4.0})
+
+    assert lines(tmp_path)[0]["loss"] == 4.0
+
+
+def test_going_on_drops_the_lines_that_are_computed_again_and_half_written_ones(tmp_path):
+    with monitor(tmp_path) as running:
+        for step in range(1, 7):
+            running.step(step, volumes=8, waited_s=0.0, numbers={"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+
+    with monitor(tmp_path, start_step=4) as running:
+        running.step(5, volumes=8, waited_s=0.0, numbers={"loss": 50.0})
+        running.step(6, volumes=8, waited_s=0.0, numbers={"loss": 60.0})
+
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (2, 1.5),
+        (4, 3.5),
+        (6, 55.0),
+    ]
+
+
+@pytest.mark.slow
+def test_wandb_works_offline_and_tensorboard_beside_it(tmp_path):
+    pytest.importorskip("tensorboard")
+    with monitor(tmp_path, wandb="offline", tensorboard=True) as running:
+        running.write(1, {"loss": 1.0})
+
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "tensorboard").iterdir())

@@ -1,0 +1,85 @@
+import errno
+import os
+import shutil
+
+import pytest
+
+from ctclip.training import resume
+
+
+def write(content):
+    def to(folder):
+        (folder / "engine").mkdir()
+        (folder / "engine" / "states.pt").write_bytes(content)
+
+    return to
+
+
+def save(folder, step, keep=2, content=b"weights"):
+    return resume.save(folder, step, write(content), {"step": step}, keep=keep)
+
+
+def test_the_last_k_checkpoints_stay(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+    assert resume.newest_intact(tmp_path).name == "step_00000003"
+    assert resume.read_state(tmp_path / "step_00000003") == {"step": 3}
+
+
+def test_a_checkpoint_that_was_being_written_is_never_taken_for_one(tmp_path):
+    save(tmp_path, 1)
+
+    def killed(folder):
+        (folder / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resume.save(tmp_path, 2, killed, {}, keep=2)
+
+    assert resume.newest_intact(tmp_path).name == "step_00000001"
+    save(tmp_path, 2)
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "no checksums"])
+def test_damage_is_found_and_the_one_before_taken(tmp_path, caplog, damage):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    if damage == "changed":
+        (newest / "engine" / "states.pt").write_bytes(b"weighty")
+    elif damage == "missing":
+        (newest / "engine" / "states.pt").unlink()
+    else:
+        (newest / resume.CHECKSUMS).unlink()
+
+    assert resume.newest_intact(tmp_path).name == "step_00000001"
+    assert "step_00000002 is damaged" in caplog.text
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert resume.newest_intact(tmp_path / "none") is None
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(OSError, match="no space left in .*free space or lower checkpoint.keep"):
+        resume.require_space(tmp_path, shutil.disk_usage(tmp_path).free * 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "the newest complete checkpoint is intact"),
+        (errno.EROFS, "choose another run folder with out=FOLDER"),
+        (errno.EACCES, "choose another run folder with out=FOLDER"),
+    ],
+)
+def test_what_the_disk_refuses_is_explained(tmp_path, code, message):
+    def refused(folder):
+        raise OSError(code, os.strerror(code))
+
+    save(tmp_path, 1)
+    with pytest.raises(OSError, match=message):
+        resume.save(tmp_path, 2, refused, {}, keep=2)
+    assert resume.newest_intact(tmp_path).name == "step_00000001"
