@@ -251,7 +251,7 @@ def fit(name: str, setting: Setting, data: dict[str, np.ndarray], seed: int, dev
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     negative = scores(model, data["none"], setting.batch, device)
     positive = {
         size: scores(model, data[f"{size:g}"], setting.batch, device)

@@ -139,7 +139,8 @@ def load(
         path: A file that :func:`save` wrote, or one of CT-CLIP's (``CT-CLIP_v2.pt`` and so on).
         device: Where the model goes.
         tokenizer: Hugging Face name or directory of the tokenizer that belongs to a CT-CLIP file,
-            which doesn't hold it; CXR-BERT's by default. Our own checkpoints carry theirs.
+            which doesn't hold it. By default a ``tokenizer.json`` or ``vocab.txt`` beside the
+            file, else CXR-BERT's by name. Our own checkpoints carry theirs.
 
     Returns:
         The model in eval mode with its tokenizer, configs and provenance.
@@ -152,7 +153,7 @@ def load(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train one with ctclip-pretrain")
     if path.suffix in CT_CLIP_SUFFIXES:
-        return _load_ct_clip(path, device, tokenizer or CXR_BERT)
+        return _load_ct_clip(path, device, tokenizer or _tokenizer_beside(path))
     return rebuild(
         read_header(path), load_file(path), sha256_of(path), f"checkpoint {path}", device
     )
@@ -232,7 +233,7 @@ def convert_ct_clip(
     Args:
         source: ``CT-CLIP_v2.pt``, ``CT_VocabFine_v2.pt``, ``CT_LiPro_v2.pt`` or a training file.
         out: The ``.safetensors`` to write.
-        tokenizer: Hugging Face name or directory; CXR-BERT by default.
+        tokenizer: Hugging Face name or directory, as for :func:`load`.
 
     Returns:
         The account of keys; :func:`ctclip.models.convert.report` prints it.
@@ -242,7 +243,8 @@ def convert_ct_clip(
         ValueError: If the file isn't CT-CLIP's in every key.
     """
     conversion = convert.from_ct_clip(source)
-    loaded = _from_conversion(conversion, Path(source), tokenizer or CXR_BERT)
+    path = Path(source)
+    loaded = _from_conversion(conversion, path, tokenizer or _tokenizer_beside(path))
     save(
         out,
         loaded.model,
@@ -253,6 +255,11 @@ def convert_ct_clip(
         loaded.head,
     )
     return conversion
+
+
+def _tokenizer_beside(path: Path) -> str:
+    here = any((path.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    return str(path.parent) if here else CXR_BERT
 
 
 def _load_ct_clip(path: Path, device: str | torch.device, tokenizer: str) -> Checkpoint:

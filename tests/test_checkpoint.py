@@ -163,7 +163,6 @@ def ct_clip_file(tmp_path):
     from models_ct_clip import as_original, little_ct_clip
 
     (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "cxr-bert"}')
     words = [f"word{i}" for i in range(20)]
     (tmp_path / "bert" / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
@@ -185,6 +184,15 @@ def test_a_file_of_ct_clip_loads_with_its_own_preprocessing(ct_clip_file):
     assert loaded.provenance["kind"] == "ct-clip"
     assert not loaded.provenance["label_informed"]
     assert loaded.tokenizer(["word3 word5"]).tolist() == [[2, 8, 10, 3]]
+
+
+def test_a_vocabulary_beside_the_file_is_taken(ct_clip_file, tmp_path):
+    path, tokenizer, _ = ct_clip_file
+    (tmp_path / "vocab.txt").write_text((tmp_path / "bert" / "vocab.txt").read_text())
+
+    beside, named = checkpoint.load(path), checkpoint.load(path, tokenizer=tokenizer)
+
+    assert beside.tokenizer.to_json() == named.tokenizer.to_json()
 
 
 def test_a_converted_file_is_an_ordinary_checkpoint(ct_clip_file, tmp_path):

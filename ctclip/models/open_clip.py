@@ -6,7 +6,7 @@ after a dot, where timm's own names carry a tag: ``ctclip_vit3d.size=tiny;patch=
 
 import json
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,6 +113,8 @@ def _write_bert(hf_config: dict[str, Any], folder: Path, pooler: bool) -> None:
 
 
 def _timm_name(tower: VisionConfig | CTViTConfig) -> str:
+    if isinstance(tower, VisionConfig):
+        tower = replace(tower, inflate_from=None)  # a start, and a path can't be part of a name
     default = asdict(type(tower)())
     tag = ";".join(
         f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -138,8 +140,7 @@ def ctclip_vit3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise ValueError("there are no pretrained weights of ctclip_vit3d to download")
     vision = _parse(VisionConfig, kwargs.get("pretrained_cfg") or "")
     if kwargs.get("patch_drop_rate") is not None:
-        values = {f.name: getattr(vision, f.name) for f in fields(vision)}
-        vision = VisionConfig(**values | {"patch_dropout": kwargs["patch_drop_rate"]})
+        vision = replace(vision, patch_dropout=kwargs["patch_drop_rate"])
     return ViT3D.from_config(vision, embed_dim=kwargs.get("num_classes") or 512)
 
 

@@ -112,7 +112,13 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]
 
-        model_type = _hf_config_dict(name_or_path).get("model_type")
+        folder = Path(name_or_path)
+        if (folder / "tokenizer.json").is_file():
+            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), context_length)
+        if (folder / "vocab.txt").is_file():
+            model_type = "cxr-bert"
+        else:
+            model_type = _hf_config_dict(name_or_path).get("model_type", "")
         # CXR-BERT names a tokenizer class of its own, remote code, for BERT's plain vocabulary.
         kind = BertTokenizerFast if model_type == "cxr-bert" else AutoTokenizer
         with _explained(name_or_path, "tokenizer"):
