@@ -186,15 +186,17 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             }
             monitor.step(step, volumes=config.batch_size, waited_s=waited_s, numbers=numbers)
 
-            last = step == config.steps or guard.should_stop
-            if last or _every(step, config.checkpoint.evaluate_every):
+            is_last = step == config.steps
+            if (
+                is_last or _every(step, config.checkpoint.evaluate_every)
+            ) and not guard.should_stop:
                 monitor.write(step, job.evaluate(evaluators, done.features))
-            last = last or job.progress.is_stale(config.checkpoint)
-            if last or _every(step, config.checkpoint.every):
+            is_last = is_last or guard.should_stop or job.progress.is_stale(config.checkpoint)
+            if is_last or _every(step, config.checkpoint.every):
                 job.save()
-            if last:
-                if guard.should_stop:
-                    logger.warning("asked to terminate: step %d is saved, stopping", step)
+            if guard.should_stop:
+                logger.warning("asked to terminate: step %d is saved, stopping", step)
+            if is_last:
                 break
     distributed.barrier()
     return job.out / "model.safetensors"
