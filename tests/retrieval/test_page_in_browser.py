@@ -97,9 +97,18 @@ def search_study(tab, study="phantom_00003_a"):
     both_shown(tab)
 
 
+def until(tab, expression):
+    """Wait for something to become true; Playwright's own way needs eval, which we forbid."""
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while not tab.evaluate(expression):
+        assert time.monotonic() < deadline, f"never became true: {expression}"
+        tab.wait_for_timeout(100)
+
+
 def both_shown(tab):
-    tab.wait_for_function(
-        "page.viewers && ['query', 'case'].every(s => page.viewers.view[s]?.volumes.length > 0)"
+    until(
+        tab,
+        "page.viewers && ['query', 'case'].every(s => page.viewers.view[s]?.volumes.length > 0)",
     )
 
 
@@ -124,9 +133,10 @@ def test_slices_of_query_and_case_scroll_together(tab):
     assert position(tab, "query")[2] > before[2]
     assert position(tab, "case") == pytest.approx(position(tab, "query"), abs=1e-3)
     tab.click("#query-canvas", position={"x": 60, "y": 60})
-    tab.wait_for_function(
+    until(
+        tab,
         "Math.abs(page.viewers.view.query.scene.crosshairPos[0]"
-        " - page.viewers.view.case.scene.crosshairPos[0]) < 1e-3"
+        " - page.viewers.view.case.scene.crosshairPos[0]) < 1e-3",
     )
     assert position(tab, "query")[0] != pytest.approx(before[0], abs=1e-3)
     screenshot(tab, "page.png")
@@ -139,7 +149,7 @@ def test_window_plane_heat_map_and_case_follow_the_keyboard(tab):
     tab.keyboard.press("w")
     tab.keyboard.press("p")
     tab.keyboard.press("h")
-    tab.wait_for_function("page.viewers.view.case.volumes.length === 2")
+    until(tab, "page.viewers.view.case.volumes.length === 2")
     assert tab.input_value("#window") == "mediastinum"
     assert tab.evaluate("page.viewers.view.case.volumes[0].cal_min") == -160
     assert tab.input_value("#plane") == "coronal"
@@ -172,13 +182,13 @@ def test_filters_and_examples_change_the_answer(tab):
     tab.click("summary")
     tab.select_option("#field-sex", "F")
     tab.click("#search")
-    tab.wait_for_function("page.result.question.where.sex === 'F'")
+    until(tab, "page.result.question.where.sex === 'F'")
     shown = tab.locator("#cases li").all_inner_texts()
     assert shown
     assert all("sex F" in text for text in shown)
     tab.select_option("#field-sex", "")
     tab.locator("#cases button").nth(1).click()
-    tab.wait_for_function("page.result.question.less.length === 1")
+    until(tab, "page.result.question.less.length === 1")
     assert tab.locator("#cases h3").first.inner_text() != first
 
 
@@ -219,9 +229,7 @@ def test_an_unusable_file_is_explained_and_the_page_goes_on(tab, tmp_path):
 
 def upload_and_wait(tab, path):
     tab.set_input_files("#file", path)
-    tab.wait_for_function(
-        "page.result?.question.scan || document.querySelector('#status.bad') !== null"
-    )
+    until(tab, "page.result?.question.scan || document.querySelector('#status.bad') !== null")
     assert tab.locator("#status.bad").count() == 0, tab.inner_text("#status")
     both_shown(tab)
     assert tab.locator("#bars li").count() == 18

@@ -1,0 +1,145 @@
+"""The command from question to files, on phantoms and on real scans."""
+
+import csv
+from dataclasses import replace
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import page_service
+import pytest
+from embedding_tables import random_table
+from scipy import ndimage
+
+from ctclip import checkpoint as checkpoints
+from ctclip.data import volume
+from ctclip.embeddings import EmbeddingTable, embed_voxels, space_of
+from ctclip.findings import FINDINGS
+from ctclip.retrieval import quality, similar
+from ctclip.retrieval.filters import Filter
+from ctclip.retrieval.question import Background, compose
+from ctclip.retrieval.search import MemoryArchive, Query
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("similar")
+    return folder, page_service.write_archive(folder, num_patients=6)
+
+
+def test_a_study_gives_a_table_and_a_picture(archive, tmp_path):
+    _, page = archive
+    table = EmbeddingTable.load(page.table)
+    hits = similar.run(
+        similar.SimilarConfig(
+            table=page.table, study=table.study_id[0], k=3, cohort=page.cohort, out=tmp_path
+        )
+    )
+
+    with (tmp_path / "similar.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["study_id"] for row in rows] == [hit.study_id for hit in hits]
+    assert table.patient_id[0] not in [hit.patient_id for hit in hits]
+    picture = matplotlib.image.imread(tmp_path / "similar.png")
+    assert picture.shape[0] > 300
+    assert picture[..., :3].std() > 0.1
+
+
+def test_scan_text_and_filter_are_asked_together(archive):
+    folder, page = archive
+    scan = next((folder / "phantom").rglob("phantom_00001*.nii.gz"))
+    config = similar.SimilarConfig(
+        table=page.table,
+        reports=page.reports,
+        checkpoint=folder / "model.safetensors",
+        scan=scan,
+        k=2,
+    )
+
+    assert similar.run(config)[0].volume_id.startswith("phantom_00001")
+    with_text = replace(config, text="pleural effusion", where=Filter(sex="F"), k=10)
+    assert all(hit.fields["sex"] == "F" for hit in similar.run(with_text))
+
+
+def test_what_can_not_be_asked_is_refused(archive):
+    folder, page = archive
+    with pytest.raises(ValueError, match="nothing to search for"):
+        similar.SimilarConfig(table=page.table)
+    with pytest.raises(ValueError, match="give the checkpoint"):
+        similar.SimilarConfig(table=page.table, text="effusion")
+    with pytest.raises(FileNotFoundError, match="ctclip-embed"):
+        similar.run(similar.SimilarConfig(table=folder / "no.parquet", study="x"))
+
+
+def test_a_hit_no_better_than_a_random_pair_is_marked():
+    table = random_table(400, width=64, volumes_per_patient=1)
+    table.vectors[1] = table.vectors[0] + 0.1 * table.vectors[2]
+    table.vectors[1] /= np.linalg.norm(table.vectors[1])
+    background = Background.of(table)
+    query = compose([Query(vector=table.vectors[0])], [], None, background)
+
+    hits = MemoryArchive(table).search(query, k=400)
+
+    marks = [hit.is_ordinary for hit in hits]
+    assert hits[1].volume_id == table.volume_id[1]
+    assert not marks[0]
+    assert not marks[1]
+    assert np.mean(marks) == pytest.approx(0.95, abs=0.04)
+
+
+def test_quality_is_written_with_chance_and_pool(archive, tmp_path):
+    _, page = archive
+    found = quality.run(
+        quality.QualityConfig(table=page.table, reports=page.reports, out=tmp_path / "q.json")
+    )
+
+    assert found["own report"]["report→volume recall@5"].chance == pytest.approx(5 / 6)
+    assert set(found["per finding"]) <= set(FINDINGS)
+    assert "running mean" in (tmp_path / "q.json").read_text(encoding="utf-8")
+
+
+def turned(source, target):
+    """The same anatomy with axes permuted and flipped."""
+    image = nib.load(source)
+    flip = nib.orientations.axcodes2ornt(("P", "S", "R"))
+    here = nib.orientations.io_orientation(image.affine)
+    nib.save(image.as_reoriented(nib.orientations.ornt_transform(here, flip)), target)
+
+
+def resampled(source, target):
+    """The same anatomy on another grid."""
+    image = nib.load(source)
+    factors = (0.8, 0.8, 0.9)
+    data = ndimage.zoom(np.asanyarray(image.dataobj).astype(np.float32), factors, order=1)
+    scale = np.array(image.shape) / data.shape
+    affine = image.affine @ np.diag([*scale, 1])
+    affine[:3, 3] = image.affine[:3, :3] @ (scale / 2 - 0.5) + image.affine[:3, 3]
+    nib.save(nib.Nifti1Image(data.round().astype(np.int16), affine), target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [turned, resampled])
+def test_a_real_scan_finds_itself_first_after_it_was_changed(archive, test_data, tmp_path, change):
+    folder, _ = archive
+    checkpoint = checkpoints.load(folder / "model.safetensors")
+    names = ["lung1_001", "lung1_002", "lidc_0002_part", "lidc_0003_part", "4dlung_113_native"]
+    paths = {name: test_data / f"data/real/volumes/{name}.nii.gz" for name in names}
+
+    def embed(path):
+        hu = volume.preprocess(volume.read(path), checkpoint.volume_config)
+        return embed_voxels(checkpoint, hu)[1]
+
+    table = EmbeddingTable(
+        volume_id=names,
+        study_id=names,
+        patient_id=names,
+        split=["test"] * len(names),
+        vectors=np.stack([embed(path) for path in paths.values()]),
+        labels=np.full((len(names), len(FINDINGS)), np.nan, dtype=np.float32),
+        provenance=space_of(checkpoint),
+    )
+    for name in names[:2]:
+        change(paths[name], tmp_path / f"{name}.nii.gz")
+        hits = MemoryArchive(table).search(Query(vector=embed(tmp_path / f"{name}.nii.gz")))
+        assert hits[0].study_id == name
+        assert hits[0].similarity > 0.99
