@@ -26,14 +26,14 @@ install: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ctclip needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; run: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Every step skips what is done and goes on where it was interrupted; read them as the manual.
 quickstart: $(INSTALLED)
 	$(BIN)/ctclip-phantom --config configs/phantom/quickstart.yaml --out $(RUN)/phantoms
 	$(BIN)/ctclip-prepare --config configs/prepare/quickstart.yaml --source $(RUN)/phantoms/manifest.csv --out $(RUN)/cohort
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 --master_port $(PORT) train/pretrain.py --config configs/pretrain/quickstart.yaml cohort=$(RUN)/cohort out=$(RUN)/train
+	DS_ACCELERATOR=cpu $(BIN)/deepspeed --log_level error --num_gpus 2 --master_port $(PORT) train/pretrain.py --config configs/pretrain/quickstart.yaml cohort=$(RUN)/cohort out=$(RUN)/train
 	$(BIN)/python eval/zero_shot.py --ckpt $(RUN)/train/model.safetensors --cohort $(RUN)/cohort --split test --out $(RUN)/zero_shot
 	$(BIN)/python eval/export_embeddings.py --ckpt $(RUN)/train/model.safetensors --cohort $(RUN)/cohort --split test --out $(RUN)/archive
 	$(BIN)/python eval/similar.py --table $(RUN)/archive/volumes.parquet --study $(QUERY) --cohort $(RUN)/cohort --out $(RUN)/similar
