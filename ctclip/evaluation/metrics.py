@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from ctclip.evaluation import bootstrap
 from ctclip.evaluation.scores import ScoreTable
 
-FEW_PATIENTS = 10
+FEW_PATIENTS = 20
 """Below this many positive or negative patients, an interval is a guess and is called one."""
 
 
