@@ -28,12 +28,6 @@ LIMITS = Limits(upload_mib=8, unpacked_mib=32, files=200, read_s=60)
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    return folder, page_service.write_archive(folder)
-
-
-@pytest.fixture(scope="module")
 def service(archive):
     return page_service.open_service(*archive)
 

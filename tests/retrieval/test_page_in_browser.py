@@ -38,11 +38,10 @@ PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(archive):
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
-    folder = tmp_path_factory.mktemp("browser")
-    service = page_service.open_service(folder, page_service.write_archive(folder))
+    service = page_service.open_service(*archive)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
