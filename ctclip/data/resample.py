@@ -108,13 +108,17 @@ def resample(
     target_rows = slice(height.before, height.before + len(height.index))
     target_columns = slice(width.before, width.before + len(width.index))
     row_weight, column_weight = height.weight.astype(precision), width.weight.astype(precision)
+    # Buffers are reused for every slice: allocating them anew costs as much as the arithmetic.
+    mixed, mixed_tap = _pair((rows.stop - rows.start, columns.stop - columns.start), precision)
+    tall, tall_tap = _pair((len(row_index), mixed.shape[1]), precision)
+    small, small_tap = _pair((len(row_index), len(column_index)), precision)
     planes: dict[int, np.ndarray] = {}
     for position, (indices, weights) in enumerate(
         zip(depth.index, depth.weight.astype(precision), strict=True)
     ):
         for stale in [index for index in planes if index < indices[0]]:
             del planes[stale]
-        mixed = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=precision)
+        mixed[...] = 0
         for index, weight in zip(indices.tolist(), weights, strict=True):
             if weight == 0:
                 continue
@@ -122,33 +126,35 @@ def resample(
                 plane = hu[index, rows, columns]
                 plane = plane if clip_hu is None else np.clip(plane, *clip_hu)
                 planes[index] = plane.astype(precision)
-            mixed += weight * planes[index]
-        mixed = _weighted_rows(mixed, row_index, row_weight)
-        mixed = _weighted_columns(mixed, column_index, column_weight)
+            np.multiply(planes[index], weight, out=mixed_tap)
+            mixed += mixed_tap
+        _weighted(mixed, row_index, row_weight, 0, tall, tall_tap)
+        _weighted(tall, column_index, column_weight, 1, small, small_tap)
         if np.issubdtype(dtype, np.integer):
-            np.rint(mixed, out=mixed)
-        result[depth.before + position, target_rows, target_columns] = mixed
+            np.rint(small, out=small)
+        result[depth.before + position, target_rows, target_columns] = small
     return result
 
 
-def _weighted_rows(plane: np.ndarray, index: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    total = plane[index[:, 0]]
-    total *= weight[:, :1]
-    for tap in range(1, index.shape[1]):
-        part = plane[index[:, tap]]
-        part *= weight[:, tap : tap + 1]
-        total += part
-    return total
+def _pair(shape: tuple[int, int], precision: type[np.floating]) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(shape, precision), np.empty(shape, precision)
 
 
-def _weighted_columns(plane: np.ndarray, index: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    total = np.take(plane, index[:, 0], axis=1)
-    total *= weight[:, 0]
-    for tap in range(1, index.shape[1]):
-        part = np.take(plane, index[:, tap], axis=1)
-        part *= weight[:, tap]
-        total += part
-    return total
+def _weighted(
+    plane: np.ndarray,
+    index: np.ndarray,
+    weight: np.ndarray,
+    axis: int,
+    total: np.ndarray,
+    part: np.ndarray,
+) -> None:
+    """Write into ``total`` the weighted sum over taps of the rows or columns of ``plane``."""
+    for tap in range(index.shape[1]):
+        out = total if tap == 0 else part
+        np.take(plane, index[:, tap], axis=axis, out=out, mode="clip")
+        out *= weight[:, tap] if axis == 1 else weight[:, tap : tap + 1]
+        if tap:
+            total += part
 
 
 def resampled_affine(
