@@ -21,6 +21,9 @@ from ctclip.phantom.scene import Scene
 SLAB_VOXELS = 700_000
 """Rendered at a time: small enough that a slab's fields stay near the processor's cache."""
 
+LEAST_SLICES = 6
+"""Thinner slabs would spend more on looking for what crosses them than on drawing it."""
+
 SEEN_HU = 20.0
 """A voxel belongs to a lesion's bounding box when drawing the lesion changed it by this much."""
 
@@ -125,7 +128,7 @@ def render(
     hu = np.full(grid.shape, -1000.0, np.float32)
     boxes: list[tuple[NDArray[np.int64], NDArray[np.int64]] | None] = [None] * len(lesions)
     whole = Scene(patient, grid)
-    step = max(1, SLAB_VOXELS // (grid.shape[1] * grid.shape[2]))
+    step = max(LEAST_SLICES, SLAB_VOXELS // (grid.shape[1] * grid.shape[2]))
     for start in range(0, grid.shape[0], step):
         stop = min(start + step, grid.shape[0])
         scene = Scene(
@@ -140,10 +143,13 @@ def render(
             before = scene.hu.copy()
             draw(scene, lesion)
             if lesion.finding == "Cardiomegaly":
-                changed = scene.sac < 0
-            else:
-                changed = np.abs(scene.hu - before) > SEEN_HU
-            boxes[i] = _merge(boxes[i], _bounds(changed), start)
+                boxes[i] = _merge(boxes[i], _bounds(scene.sac < 0), start)
+                continue
+            touched = np.flatnonzero((scene.hu != before).any(axis=(1, 2)))
+            if len(touched):
+                part = slice(int(touched[0]), int(touched[-1]) + 1)
+                changed = np.abs(scene.hu[part] - before[part]) > SEEN_HU
+                boxes[i] = _merge(boxes[i], _bounds(changed), start + part.start)
     return hu, boxes
 
 

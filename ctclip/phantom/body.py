@@ -36,6 +36,7 @@ def skin(patient: Patient, z: Array, y: Array, x: Array) -> tuple[Array, Array]:
     centre = np.interp(z, heights, [2, 3, 3, 3, 7, 14, 20, 24]).astype(np.float32)
     width = (width / np.sqrt(patient.barrel)).astype(np.float32)
     depth = (depth * patient.barrel).astype(np.float32)
+    depth = np.broadcast_to(depth, z.shape)
     y = y - centre
     u, v = np.abs(x) / width, np.abs(y) / depth
     level = (u * u * np.sqrt(u) + v * v * np.sqrt(v)) ** np.float32(0.4)
@@ -45,12 +46,18 @@ def skin(patient: Patient, z: Array, y: Array, x: Array) -> tuple[Array, Array]:
     fat = patient.fat_mm * (0.75 + 0.35 * np.clip((-z - 20.0) / 120.0, -0.5, 1.0))
     outer = muscle - fat * (0.65 + 0.35 * u / np.maximum(level, 0.2)) - 2.0
     if patient.breast_mm > 1.0:
-        for side in (-1.0, 1.0):
+        # The breasts lie in front of this row and these slices only.
+        rows = slice(0, int(np.max(np.flatnonzero((y < -20.0).any(axis=(0, 2))), initial=0)) + 1)
+        near = np.flatnonzero(np.abs(z.ravel() + 52.0) < 110.0)
+        if len(near):
+            box = (slice(int(near[0]), int(near[-1]) + 1), rows)
+            zb, yb, xb, chest = z[box[0]], y[box], x[box], outer[box]
+            back = yb + depth[box[0]] * np.float32(0.80)
             r = patient.breast_mm
-            breast = ellipsoid(
-                (z + 52.0, y + depth * 0.80 + 0.0 * x, x - side * 72.0), (62.0, 18.0 + r, 58.0)
-            )
-            outer = smooth_min(outer, breast.astype(np.float32), 20.0)
+            for side in (-1.0, 1.0):
+                breast = ellipsoid((zb + 52.0, back, xb - side * 72.0), (62.0, 18.0 + r, 58.0))
+                chest = smooth_min(chest, breast, 20.0)
+            outer[box] = chest
     return outer.astype(np.float32), muscle
 
 
@@ -99,9 +106,11 @@ def _paint_wall(scene: Scene) -> None:
     blend(hu, coverage(outer, edge), SKIN_HU)
     blend(hu, coverage(outer + 2.2, edge), FAT_HU)
     if patient.breast_mm > 1.0:
-        share = np.clip(scene.field("gland", 9.0) - 0.2, 0.0, 0.8)
-        share *= coverage(np.abs(z + 55.0) - 45.0, 20.0) * coverage(y + 88.0, 10.0)
-        blend(hu, share * coverage(outer + 12.0, 8.0), 30.0)
+        rows = int(np.max(np.flatnonzero((y < -75.0).any(axis=(0, 2))), initial=0)) + 1
+        box = (slice(0, len(z)), slice(0, rows), slice(0, x.shape[2]))
+        share = np.clip(scene.field("gland", 9.0, box) - 0.2, 0.0, 0.8)
+        share *= coverage(np.abs(z + 55.0) - 45.0, 20.0) * coverage(y[box] + 88.0, 10.0)
+        blend(hu[box], share * coverage(outer[box] + 12.0, 8.0), 30.0)
     blend(hu, coverage(muscle, edge), MUSCLE_HU)
     # Fat planes between intercostals, serratus and the superficial muscles; fat in the axilla.
     wavy = scene.field("plane", 26.0)
@@ -109,9 +118,13 @@ def _paint_wall(scene: Scene) -> None:
     second = np.maximum(np.abs(cage - 27.0 + 3.5 * wavy) - 1.2, -z - 60.0)
     plane = np.maximum(np.minimum(plane, second), muscle + 2.0)
     blend(hu, 0.85 * coverage(plane, edge), FAT_HU)
-    axilla = ellipsoid((z - 38.0, y + 2.0, np.abs(x) - 141.0), (46.0, 26.0, 17.0)) + 4.0 * wavy
-    axilla = np.maximum(np.maximum(axilla, 11.0 - cage), muscle + 4.0)
-    blend(hu, coverage(axilla, 3.0), FAT_HU)
+    level = np.flatnonzero(np.abs(z.ravel() - 38.0) < 62.0)
+    if len(level):
+        part = slice(int(level[0]), int(level[-1]) + 1)
+        place = (z[part] - 38.0, y[part] + 2.0, np.abs(x[part]) - 141.0)
+        axilla = ellipsoid(place, (46.0, 26.0, 17.0)) + 4.0 * wavy[part]
+        axilla = np.maximum(np.maximum(axilla, 11.0 - cage[part]), muscle[part] + 4.0)
+        blend(hu[part], coverage(axilla, 3.0), FAT_HU)
     _paint_ribs(patient, hu, cage, edge, z, y, x)
     _paint_spine(patient, hu, edge, z, y, x)
     _paint_girdle(patient, scene.grid, hu)
@@ -320,7 +333,7 @@ def _paint_heart(scene: Scene) -> None:
     blend(part, coverage(muscle, edge), wall_hu)
     # Ventricular walls and septum around the blood, visible with contrast medium only.
     across = side[0] * offset[0] + side[1] * offset[1] + side[2] * offset[2]
-    septum = 5.0 - np.abs(across + 6.0)
+    septum = 5.0 - np.abs(across + 6.0 - 10.0 * along * along) - 4.0 * np.maximum(-along, 0.0)
     ventricle = np.where(across > -6.0, np.float32(10.0), np.float32(4.0))
     wall = np.where(along > -0.4, np.maximum(muscle + ventricle, septum), muscle + 3.0)
     blend(part, coverage(wall, edge), patient.blood_hu)

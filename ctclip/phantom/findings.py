@@ -25,7 +25,7 @@ class Sites:
     def __init__(self, patient: Patient, rng: np.random.Generator) -> None:
         self.patient = patient
         self.rng = rng
-        points = trees.lung_points(patient, rng, 1500, 1.0)
+        points = trees.lung_points(patient, rng, 900, 1.0)
         self.points = points
         self.depth_mm = trees.lung_depth(patient, points) * patient.mean_scale
         self.lobe = anatomy.lobe_index(*np.moveaxis(points, -1, 0))

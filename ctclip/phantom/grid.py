@@ -89,7 +89,9 @@ class Grid:
 
 def coverage(distance: Array, edge_mm: float) -> Array:
     """Share of a voxel inside a shape, from the signed distance at its centre."""
-    return np.clip(0.5 - distance / edge_mm, 0.0, 1.0)
+    share = distance * np.float32(-1.0 / edge_mm)
+    share += np.float32(0.5)
+    return np.clip(share, 0.0, 1.0, out=share)
 
 
 def blend(hu: Array, share: Array | float, value: Array | float) -> None:
@@ -99,18 +101,28 @@ def blend(hu: Array, share: Array | float, value: Array | float) -> None:
 
 def smooth_min(a: Array, b: Array, radius_mm: float) -> Array:
     """Union of two signed distances with a fillet of about ``radius_mm``."""
-    gap = np.maximum(radius_mm - np.abs(a - b), 0.0)
-    return np.minimum(a, b) - gap * gap * (0.25 / radius_mm)
+    gap = a - b
+    np.abs(gap, out=gap)
+    np.subtract(np.float32(radius_mm), gap, out=gap)
+    np.maximum(gap, 0.0, out=gap)
+    gap *= gap
+    gap *= np.float32(0.25 / radius_mm)
+    return np.subtract(np.minimum(a, b), gap, out=gap)
 
 
 def ellipsoid(points: tuple[Array, Array, Array], radii_mm: tuple[float, float, float]) -> Array:
     """Signed distance (first order, exact at the surface) to an ellipsoid at the origin."""
-    q = [axis / radius for axis, radius in zip(points, radii_mm, strict=True)]
-    level = np.sqrt(q[0] ** 2 + q[1] ** 2 + q[2] ** 2)
-    slope = np.sqrt(
-        (q[0] / radii_mm[0]) ** 2 + (q[1] / radii_mm[1]) ** 2 + (q[2] / radii_mm[2]) ** 2
-    )
-    return level * (level - 1.0) / np.maximum(slope, 1e-6)
+    # Squares of the broadcast axes first: only the sums are as large as the box.
+    q = [
+        (axis * np.float32(1.0 / radius)) ** 2
+        for axis, radius in zip(points, radii_mm, strict=True)
+    ]
+    level = np.sqrt(q[0] + q[1] + q[2])
+    slope = q[0] * np.float32(radii_mm[0] ** -2) + q[1] * np.float32(radii_mm[1] ** -2)
+    slope = slope + q[2] * np.float32(radii_mm[2] ** -2)
+    np.sqrt(slope, out=slope)
+    np.maximum(slope, 1e-6, out=slope)
+    return level * (level - np.float32(1.0)) / slope
 
 
 def capsule_box(

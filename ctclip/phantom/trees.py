@@ -44,14 +44,13 @@ class LungTrees:
 
 def lung_points(patient: Patient, rng: np.random.Generator, count: int, depth_mm: float) -> Array:
     """Template points ``(count, 3)`` at least ``depth_mm`` inside the lungs, uniform by volume."""
+    low, high = np.array([-185.0, -95.0, -136.0]), np.array([100.0, 98.0, 136.0])
     kept: list[Array] = []
-    found = 0
-    while found < count:
-        low, high = np.array([-185.0, -95.0, -136.0]), np.array([100.0, 98.0, 136.0])
-        points = rng.uniform(low, high, (max(4 * count, 256), 3)).astype(np.float32)
-        inside = lung_depth(patient, points) > depth_mm
-        kept.append(points[inside])
-        found += int(inside.sum())
+    while sum(map(len, kept)) < count:
+        points = rng.uniform(low, high, (6 * count, 3)).astype(np.float32)
+        # Most of the box lies outside the cage, which is quick to tell.
+        points = points[anatomy.cage(patient, *np.moveaxis(points, -1, 0)) < -depth_mm]
+        kept.append(points[lung_depth(patient, points) > depth_mm])
     return np.concatenate(kept)[:count]
 
 
@@ -103,10 +102,11 @@ def grow_trees(patient: Patient, ends: int = 256) -> LungTrees:
     trees: dict[str, list[Tree]] = {"arteries": [], "veins": [], "bronchi": []}
     for side, sign in (("right", -1.0), ("left", 1.0)):
         for kind in ("arteries", "veins"):
-            points = lung_points(patient, rng, 6 * ends, 3.5)
+            points = lung_points(patient, rng, 3 * ends, 3.5)
             points = points[points[:, 2] * sign > 0]
+            assert len(points) >= ends
             root = np.array(HILA[kind][side], np.float32)
-            end_radius = 0.80 * (256 / ends) ** MURRAY
+            end_radius = 0.95 * (256 / ends) ** MURRAY
             start, stop, radius = _grow(root, points[:ends], end_radius, rng)
             trees[kind].append(_in_world(patient, start, stop, radius))
             if kind == "arteries":
@@ -170,15 +170,16 @@ def splat(hu: Array, grid: Grid, tree: Tree, value_hu: float) -> None:
     low = np.floor(index).astype(int)
     fraction = index - low
     shape = np.array(grid.shape)
-    share = np.zeros(int(np.prod(shape)), np.float64)
+    flats, weights = [], []
     for corner in np.ndindex(2, 2, 2):
         at = low + corner
         weight = np.prod(np.where(corner, fraction, 1.0 - fraction), axis=1) * piece[branch]
         ok = np.all((at >= 0) & (at < shape), axis=1)
-        flat = np.ravel_multi_index(tuple(at[ok].T), grid.shape)
-        share += np.bincount(flat, weights=weight[ok], minlength=len(share))
-    touched = np.flatnonzero(share)
+        flats.append(np.ravel_multi_index(tuple(at[ok].T), grid.shape))
+        weights.append(weight[ok])
+    touched, inverse = np.unique(np.concatenate(flats), return_inverse=True)
+    share = np.bincount(inverse, weights=np.concatenate(weights))
     flat_hu = hu.reshape(-1)
     assert np.shares_memory(flat_hu, hu)
-    mix = np.minimum(share[touched], 1.0).astype(np.float32)
+    mix = np.minimum(share, 1.0).astype(np.float32)
     flat_hu[touched] += mix * (value_hu - flat_hu[touched])
