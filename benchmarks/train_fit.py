@@ -18,9 +18,9 @@ from ctclip.embeddings import EmbeddingTable
 from ctclip.evaluation import label_audit, planted, train_fit
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.evaluation.scores import ScoreTable
+from ctclip.evaluation.scoring import ZeroShotConfig
 from ctclip.evaluation.train_fit import TrainFitConfig
 from ctclip.evaluation.verdicts import Verdict
-from ctclip.evaluation.zero_shot import ZeroShotConfig
 from ctclip.findings import FINDINGS
 
 WIDTH = 128

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from ctclip.evaluation import bootstrap, metrics, plots, prompts, report, zero_shot
+from ctclip.evaluation import bootstrap, metrics, plots, prompts, report, scoring
 from ctclip.evaluation.report import Picture, Section
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def scorer_of(checkpoint: "Checkpoint", config: LesionSizeConfig) -> Scorer:
 
     def score(hu: np.ndarray) -> float:
         vector, _ = embed_voxels(checkpoint, hu, device=config.device)
-        return float(zero_shot.scores(vector[None], pair, 1.0, "cosine-difference")[0, 0])
+        return float(scoring.scores(vector[None], pair, 1.0, "cosine-difference")[0, 0])
 
     return score
 

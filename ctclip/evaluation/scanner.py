@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctclip.evaluation import prompts as prompt_sets
-from ctclip.evaluation import zero_shot
+from ctclip.evaluation import scoring
 
 if TYPE_CHECKING:
     from ctclip.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ class Scanner:
         self.device = device
         self.prompts = prompt_sets.load(prompts)
         self._vectors = prompt_sets.encode_prompts(checkpoint, self.prompts)
-        self._scale = zero_shot.scale_of(checkpoint)
+        self._scale = scoring.scale_of(checkpoint)
 
     @property
     def prompt_vectors(self) -> np.ndarray:
@@ -62,7 +62,7 @@ class Scanner:
 
     def score_vectors(self, vectors: np.ndarray) -> list[dict[str, float]]:
         """Score embeddings ``(N, E)`` made by :meth:`embed`."""
-        values = zero_shot.scores(vectors, self._vectors, self._scale)
+        values = scoring.scores(vectors, self._vectors, self._scale)
         return [dict(zip(self.prompts.pairs, row.tolist(), strict=True)) for row in values]
 
 

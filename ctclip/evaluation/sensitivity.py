@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ctclip.evaluation import metrics, prompts, zero_shot
+from ctclip.evaluation import metrics, prompts, scoring
 from ctclip.evaluation.prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -110,4 +110,4 @@ def frame(found: Sequence[Sensitivity]) -> pd.DataFrame:
 
 
 def _difference(vectors: np.ndarray, pair: np.ndarray) -> np.ndarray:
-    return zero_shot.scores(vectors, pair[None], 1.0, "cosine-difference")[:, 0]
+    return scoring.scores(vectors, pair[None], 1.0, "cosine-difference")[:, 0]

@@ -22,15 +22,15 @@ from ctclip.evaluation import (
     plots,
     prompts,
     report,
+    scoring,
     sensitivity,
     verdicts,
-    zero_shot,
 )
 from ctclip.evaluation.label_audit import Audit, AuditConfig
 from ctclip.evaluation.report import Picture, Section
 from ctclip.evaluation.scores import ScoreTable
+from ctclip.evaluation.scoring import ZeroShotConfig
 from ctclip.evaluation.verdicts import Criteria, Evidence, Judgement, SplitFit
-from ctclip.evaluation.zero_shot import ZeroShotConfig
 from ctclip.findings import FINDINGS
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(
             for part in splits
         ]
         tables = [
-            zero_shot.score_embeddings(checkpoint, table, config.zero_shot, Path(path).stem)
+            scoring.score_embeddings(checkpoint, table, config.zero_shot, Path(path).stem)
             for table in embedded
         ]
         for k, finding in enumerate(FINDINGS):

@@ -6,8 +6,8 @@ from ctclip import config
 from ctclip.evaluation.few_shot import FewShotConfig
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.evaluation.lesion_size import LesionSizeConfig
+from ctclip.evaluation.scoring import ZeroShotConfig
 from ctclip.evaluation.train_fit import TrainFitConfig
-from ctclip.evaluation.zero_shot import ZeroShotConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMAS = {

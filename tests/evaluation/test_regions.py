@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctclip.evaluation import metrics, regions, zero_shot
+from ctclip.evaluation import metrics, regions, scoring
 
 
 def test_one_patch_is_found_by_top_k_and_lost_in_the_mean():
@@ -44,12 +44,12 @@ def test_whitening_uses_training_volumes_and_undoes_a_dominating_direction():
     prompts[0, :, 1] = 1.0, -1.0
     prompts[0, :, 0] = 0.6, -0.6
     prompts /= np.linalg.norm(prompts, axis=-1, keepdims=True)
-    raw = zero_shot.scores(test, prompts, 1.0, "cosine-difference")[:, 0]
-    moved = zero_shot.moved(train, test, prompts, "whitened")
-    white = zero_shot.scores(*moved, 1.0, "cosine-difference")[:, 0]
+    raw = scoring.scores(test, prompts, 1.0, "cosine-difference")[:, 0]
+    moved = scoring.moved(train, test, prompts, "whitened")
+    white = scoring.scores(*moved, 1.0, "cosine-difference")[:, 0]
     assert metrics.auroc(labels, white) > metrics.auroc(labels, raw) + 0.1
 
 
 def test_parts_and_spaces_do_not_mix():
     with pytest.raises(ValueError, match="whole volumes, not to parts"):
-        zero_shot.ZeroShotConfig(patches=4, space="centred")
+        scoring.ZeroShotConfig(patches=4, space="centred")

@@ -9,6 +9,7 @@ import pytest
 from ctclip.evaluation import label_audit, metrics, planted, train_fit
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.evaluation.scores import ScoreTable
+from ctclip.evaluation.scoring import ZeroShotConfig
 from ctclip.evaluation.train_fit import TrainFitConfig
 from ctclip.evaluation.verdicts import (
     Criteria,
@@ -18,7 +19,6 @@ from ctclip.evaluation.verdicts import (
     judge,
     larger_where_seen,
 )
-from ctclip.evaluation.zero_shot import ZeroShotConfig
 from ctclip.findings import FINDINGS
 
 CORRUPTED, INVISIBLE, UNPROMPTED, RARE, OVERFITTED = range(5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from ctclip.evaluation import metrics, zero_shot
+from ctclip.evaluation import metrics, scoring, zero_shot
 
 
 def unit(rng, *shape):
@@ -16,7 +16,7 @@ def test_scores_are_the_softmax_over_each_pair():
     rng = np.random.default_rng(0)
     vectors, pairs = unit(rng, 5, 16), unit(rng, 3, 2, 16)
     scale = 14.0
-    found = zero_shot.scores(vectors, pairs, scale)
+    found = scoring.scores(vectors, pairs, scale)
     for n in range(5):
         for k in range(3):
             logits = scale * pairs[k] @ vectors[n]
@@ -27,14 +27,14 @@ def test_both_kinds_of_score_rank_alike():
     rng = np.random.default_rng(1)
     vectors, pairs = unit(rng, 80, 16), unit(rng, 1, 2, 16)
     labels = (rng.random(80) < 0.5).astype(float)
-    probability = zero_shot.scores(vectors, pairs, 10.0)[:, 0]
-    difference = zero_shot.scores(vectors, pairs, 10.0, "cosine-difference")[:, 0]
+    probability = scoring.scores(vectors, pairs, 10.0)[:, 0]
+    difference = scoring.scores(vectors, pairs, 10.0, "cosine-difference")[:, 0]
     assert metrics.auroc(labels, probability) == metrics.auroc(labels, difference)
 
 
 def test_a_volume_equal_to_the_present_prompt_scores_above_one_half():
     pairs = unit(np.random.default_rng(2), 4, 2, 16)
-    scores = zero_shot.scores(pairs[:, 0], pairs, 20.0)
+    scores = scoring.scores(pairs[:, 0], pairs, 20.0)
     assert (np.diag(scores) > 0.5).all()
 
 
@@ -45,7 +45,7 @@ def test_the_command_wants_one_input():
 
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="batch_size"):
-        zero_shot.ZeroShotConfig(batch_size=0)
+        scoring.ZeroShotConfig(batch_size=0)
 
 
 def test_the_training_evaluator_reports_what_it_can_measure():

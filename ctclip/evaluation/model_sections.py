@@ -1,0 +1,267 @@
+"""The sections of a comparison: summary, ROC, pairs, calibration, thresholds, subgroups."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ctclip.evaluation import calibration, compare, metrics, plots, report, subgroups, thresholds
+from ctclip.evaluation.report import Picture, Section
+
+if TYPE_CHECKING:
+    from ctclip.evaluation.model_report import Model, ReportConfig
+
+
+def build(
+    models: "list[Model]",
+    config: "ReportConfig",
+    folder: Path,
+    tables: dict[str, list[pd.DataFrame]],
+) -> list[Section]:
+    """Evaluate the models of one protocol.
+
+    Args:
+        models: At least one.
+        config: Rule, replicates, seed.
+        folder: Where figures are written.
+        tables: Frames per file stem; this function appends its own.
+    """
+    evaluations = [model.evaluation for model in models]
+    scores = [model.test for model in models]
+    protocol = models[0].protocol
+    stem = protocol.split("@")[0]
+    bars, grid = plots.auc_bars(evaluations), plots.roc_grid(scores, evaluations)
+    plots.save(bars, folder / f"auc-{stem}")
+    plots.save(grid, folder / f"roc-{stem}")
+    for evaluation in evaluations:
+        frame = evaluation.frame()
+        frame.insert(0, "protocol", protocol)
+        frame.insert(0, "model", evaluation.model)
+        tables.setdefault("auc", []).append(frame)
+    sections = [
+        Section(
+            title="Summary",
+            paragraphs=[f"Protocol {protocol}. Patients were resampled {config.replicates} times."],
+            warnings=_warnings(models),
+            frames=[_summary(evaluations)],
+            figures=[Picture(image=bars, caption="AUROC with 95 % intervals.")],
+        ),
+        Section(
+            title="ROC curves",
+            figures=[Picture(image=grid, caption="ROC of each finding.")],
+        ),
+        Section(
+            title="Per finding",
+            paragraphs=[evaluation.model for evaluation in evaluations] if len(models) > 1 else [],
+            frames=[report.results_frame(evaluation) for evaluation in evaluations],
+        ),
+    ]
+    if len(models) > 1:
+        sections.append(_comparison(models, config, tables))
+    sections.append(_calibration(models, folder, stem, tables))
+    sections.append(_thresholds(models, config, tables))
+    found = [(model, subgroups.gaps(model.test, min(config.replicates, 1000))) for model in models]
+    if any(gaps for _, gaps in found):
+        sections.append(_subgroups(found, tables))
+    return sections
+
+
+def _warnings(models: "Sequence[Model]") -> list[str]:
+    warnings = []
+    for model in models:
+        header, name = model.test.header, model.evaluation.model
+        if header.get("label_informed"):
+            warnings.append(
+                f"{name} saw labels of these findings in training: not a zero-shot number."
+            )
+        if header.get("prompt_direction_spread", 0) > 0.8:
+            warnings.append(
+                f"{name}: prompts of different findings point the same way (mean |cosine| "
+                f"{header['prompt_direction_spread']:.2f}); they share one 'present' axis."
+            )
+        unmeasured = [r.finding for r in model.evaluation.findings if np.isnan(r.auroc)]
+        if unmeasured:
+            warnings.append(f"{name}: not measured, not in the macro: {', '.join(unmeasured)}.")
+        if (model.test.patient_id == model.test.volume_id).all() and len(model.test) > 1:
+            warnings.append(
+                f"{name}: every case is its own patient; if patients have several, the intervals "
+                "are too narrow."
+            )
+    return warnings
+
+
+def _summary(evaluations: Sequence[metrics.Evaluation]) -> pd.DataFrame:
+    rows = []
+    for evaluation in evaluations:
+        macro = evaluation.macro
+        rows.append(
+            {
+                "model": evaluation.model,
+                "findings": int(macro["num_findings"]),
+                "cases": evaluation.cases,
+                "patients": evaluation.patients,
+                "macro AUROC": report.with_interval(
+                    macro["auroc"], macro["auroc_low"], macro["auroc_high"]
+                ),
+                "macro average precision": report.with_interval(
+                    macro["average_precision"],
+                    macro["average_precision_low"],
+                    macro["average_precision_high"],
+                ),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _comparison(
+    models: "list[Model]", config: "ReportConfig", tables: dict[str, list[pd.DataFrame]]
+) -> Section:
+    frames, figures, paragraphs = [], [], []
+    for other in models[1:]:
+        found = compare.compare(models[0].test, other.test, config.replicates, config.seed)
+        frame = found.frame()
+        frame.insert(0, "b", found.b)
+        frame.insert(0, "a", found.a)
+        tables.setdefault("comparisons", []).append(frame)
+        rows = [*found.findings, found.macro]
+        figures.append(
+            Picture(
+                image=plots.differences(rows, f"{found.b} minus {found.a}"),
+                caption="Filled where the 95 % interval of the paired difference leaves zero out.",
+            )
+        )
+        better = [r.finding for r in found.findings if r.p_holm < 0.05 and r.difference > 0]
+        worse = [r.finding for r in found.findings if r.p_holm < 0.05 and r.difference < 0]
+        paragraphs.append(
+            f"{found.b} minus {found.a} on {found.cases} cases of {found.patients} patients: macro "
+            f"{found.macro.difference:+.4f} [{found.macro.low:+.4f}, {found.macro.high:+.4f}], "
+            f"p = {found.macro.p:.2g}. A true macro difference of {found.macro.detectable:.4f} "
+            "would be seen in 80 % of samples like this one. After Holm's correction "
+            f"better in {', '.join(better) or 'none'}; worse in {', '.join(worse) or 'none'}."
+        )
+        frames.append(
+            pd.DataFrame(
+                {
+                    "finding": [r.finding for r in rows],
+                    found.a: [report.with_interval(r.auroc_a) for r in rows],
+                    found.b: [report.with_interval(r.auroc_b) for r in rows],
+                    "difference": [f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]"
+                                   if not np.isnan(r.low) else "–" for r in rows],
+                    "p (DeLong)": [_p(r.p) for r in rows],
+                    "p (Holm)": [_p(r.p_holm) for r in rows],
+                    "detectable": [report.with_interval(r.detectable) for r in rows],
+                }
+            )
+        )  # fmt: skip
+    return Section(title="Paired comparison", paragraphs=paragraphs, figures=figures, frames=frames)
+
+
+def _calibration(
+    models: "Sequence[Model]", folder: Path, stem: str, tables: dict[str, list[pd.DataFrame]]
+) -> Section:
+    plain = [m for m in models if np.nanmin(m.test.scores) >= 0 and np.nanmax(m.test.scores) <= 1]
+    warnings = [
+        f"{m.evaluation.model}: scores are no probabilities; calibration isn't shown."
+        for m in models
+        if m not in plain
+    ]
+    frames = []
+    for model in plain:
+        rows = []
+        for k, finding in enumerate(model.test.findings):
+            labels, scores = model.test.labels[:, k], model.test.scores[:, k]
+            label, _ = metrics.known(labels, scores)
+            if not len(label):
+                continue
+            raw = calibration.reliability(labels, scores)
+            row = {
+                "finding": finding,
+                "ECE": raw.ece,
+                "Brier": raw.brier,
+                "Brier of prevalence": raw.brier_of_prevalence,
+            }
+            if model.development is not None:
+                past, known_past = model.development.labels[:, k], model.development.scores[:, k]
+                known_label, _ = metrics.known(past, known_past)
+                if known_label.any() and not known_label.all():
+                    scaling = calibration.fit(past, known_past)
+                    mended = calibration.reliability(labels, scaling(scores))
+                    row |= {"ECE, Platt": mended.ece, "Brier, Platt": mended.brier}
+            rows.append(row)
+        frame = pd.DataFrame(rows)
+        frames.append(frame)
+        tables.setdefault("calibration", []).append(frame.assign(model=model.evaluation.model))
+    if any(model.development is None for model in plain):
+        warnings.append("No development split: scores are shown as they are, without a scaling.")
+    figures = []
+    if plain:
+        figure = plots.reliability_grid([model.test for model in plain])
+        plots.save(figure, folder / f"reliability-{stem}")
+        figures = [Picture(image=figure, caption="On the diagonal, a score is a probability.")]
+    return Section(title="Calibration", warnings=warnings, figures=figures, frames=frames)
+
+
+def _thresholds(
+    models: "Sequence[Model]", config: "ReportConfig", tables: dict[str, list[pd.DataFrame]]
+) -> Section:
+    frames, warnings, paragraphs = [], [], []
+    for model in models:
+        name = model.evaluation.model
+        if model.development is not None and not model.protocol.startswith("ct-clip@"):
+            chosen = thresholds.from_development(model.development, config.rule)
+            kind = f"development ({config.rule})"
+            paragraphs.append(
+                f"{name}: thresholds by rule '{config.rule}' from {len(model.development)} "
+                "development cases."
+            )
+        else:
+            chosen = thresholds.optimistic(model.test)
+            kind = "OPTIMISTIC: picked on these very cases"
+            warnings.append(
+                f"{name}: OPTIMISTIC. Thresholds were picked on the cases they are judged on, as "
+                "in CT-CLIP's tables (nearest point to the ROC's corner), for comparison with "
+                "published figures only."
+            )
+        frame = thresholds.operating_table(model.test, chosen)
+        frame.insert(1, "thresholds from", kind)
+        tables.setdefault("thresholds", []).append(frame.assign(model=name))
+        frames.append(frame)
+    return Section(title="At a threshold", warnings=warnings, paragraphs=paragraphs, frames=frames)
+
+
+def _subgroups(
+    found: "Sequence[tuple[Model, list[subgroups.Gap]]]", tables: dict[str, list[pd.DataFrame]]
+) -> Section:
+    frames, paragraphs = [], []
+    for model, gaps in found:
+        if not gaps:
+            continue
+        name = model.evaluation.model
+        tables.setdefault("subgroups", []).append(subgroups.frame(gaps).assign(model=name))
+        clear = [gap for gap in gaps if gap.is_clear]
+        paragraphs.append(
+            f"{name}: {len(clear)} of {len(gaps)} gaps have an interval without zero; about "
+            f"{0.05 * len(gaps):.0f} would by chance. Each subgroup is set against all other cases."
+        )
+        shown = [gap for gap in gaps if gap.finding.startswith("macro")] + [
+            gap for gap in clear if not gap.finding.startswith("macro")
+        ]
+        frames.append(
+            pd.DataFrame(
+                {
+                    "subgroup": [f"{gap.column} {gap.group}" for gap in shown],
+                    "finding": [gap.finding for gap in shown],
+                    "cases": [gap.cases for gap in shown],
+                    "AUROC": [report.with_interval(gap.auroc) for gap in shown],
+                    "others": [report.with_interval(gap.rest) for gap in shown],
+                    "gap": [f"{gap.gap:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]" for gap in shown],
+                }
+            )
+        )
+    return Section(title="Subgroups", paragraphs=paragraphs, frames=frames)
+
+
+def _p(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2g}"
