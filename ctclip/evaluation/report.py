@@ -146,30 +146,39 @@ def results_frame(evaluation: metrics.Evaluation) -> pd.DataFrame:
 
 
 def print_evaluation(evaluation: metrics.Evaluation) -> None:
-    """The AUC table in the terminal."""
+    """The AUC table in the terminal; it fits into 80 columns."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"AUROC of {evaluation.model}", title_justify="left")
+    noted = any(r.note for r in evaluation.findings)
+    # Narrow enough for a terminal of 80 columns, where the numbers are what must not be cut.
+    table = Table(
+        title=f"AUROC of {evaluation.model}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("finding", no_wrap=True)
     for column in ("positive", "AUROC [95 % interval]", "AP"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("note", style="dim")
+    if noted:
+        table.add_column("note", style="dim")
     for r in evaluation.findings:
         table.add_row(
             r.finding,
-            f"{r.positives} of {r.positives + r.negatives}",
+            f"{r.positives}/{r.positives + r.negatives}",
             with_interval(r.auroc, r.auroc_low, r.auroc_high),
-            with_interval(r.average_precision),
-            r.note,
+            f"{r.average_precision:.2f}" if r.average_precision == r.average_precision else "–",
+            *([r.note] if noted else []),
         )
     macro = evaluation.macro
     table.add_section()
     table.add_row(
-        f"macro over {int(macro['num_findings'])}",
-        f"{evaluation.patients} patients",
+        f"macro over {int(macro['num_findings'])} findings",
+        "",
         with_interval(macro["auroc"], macro["auroc_low"], macro["auroc_high"]),
-        with_interval(macro["average_precision"]),
+        f"{macro['average_precision']:.2f}",
         style="bold",
     )
     Console().print(table)

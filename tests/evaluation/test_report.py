@@ -60,3 +60,12 @@ def test_intervals_are_written_only_where_they_exist():
     assert report.with_interval(nan) == "–"
     assert report.with_interval(0.5) == "0.500"
     assert report.with_interval(0.5, 0.4, 0.6) == "0.500 [0.400, 0.600]"
+
+
+def test_the_terminal_table_shows_whole_numbers_in_eighty_columns(table, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report.print_evaluation(metrics.evaluate(table, replicates=250))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "no positives" in out
