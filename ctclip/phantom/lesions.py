@@ -317,7 +317,7 @@ def _septal(scene: Scene, lesion: Lesion) -> None:
         return
     depth = -scene.lung[box]
     z, _, _ = scene.template_in(box)
-    reach = 12.0 + 18.0 * lesion.severity
+    reach = 8.0 + 14.0 * lesion.severity
     basal = np.clip(0.25 - (z + 20.0) / 110.0 + 0.35 * lesion.severity, 0.0, 1.0)
     where = np.flatnonzero((depth > 0.5) & (depth < reach) & (basal > 0.05))
     if not len(where):
@@ -335,6 +335,9 @@ def _septal(scene: Scene, lesion: Lesion) -> None:
     flat = scene.hu[box].ravel()
     fade = np.clip((reach - depth.ravel()[where]) / 8.0, 0.0, 1.0)
     fade = fade * np.broadcast_to(basal, grid.shape).ravel()[where]
+    # Oedema is patchy.
+    patches = scene.field(lesion.name, 45.0, box).ravel()[where]
+    fade = fade * np.clip(0.6 + 0.6 * patches, 0.0, 1.0)
     side = _on_side(scene, box, lesion.side)
     if not isinstance(side, float):
         fade = fade * side.ravel()[where]
