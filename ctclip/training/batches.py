@@ -102,7 +102,8 @@ class StepBuilder:
             ]
         if self._loss.sentence:
             texts["sentence"] = [
-                sentence_view(study, rng) for study, rng in zip(studies, rngs, strict=True)
+                sentence_view(study, self._views, rng)
+                for study, rng in zip(studies, rngs, strict=True)
             ]
         return texts
 

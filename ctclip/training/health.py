@@ -16,7 +16,9 @@ def embedding_health(image: Tensor, text: Tensor) -> dict[str, float]:
     Returns:
         ``effective_dim``: participation ratio of the volumes' covariance, between 1 (a line) and
         ``min(B - 1, E)``; ``alignment``: mean squared distance of a pair; ``uniformity``: log mean
-        Gaussian potential between volumes (Wang & Isola 2020), lower is more spread out.
+        Gaussian potential between volumes (Wang & Isola 2020), lower is more spread out;
+        ``report_recall_1`` and ``_5``: how often a volume's own report is among the nearest of the
+        batch (an equal report counts as its own).
     """
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
     centred = image - image.mean(dim=0)
@@ -24,9 +26,14 @@ def embedding_health(image: Tensor, text: Tensor) -> dict[str, float]:
     gram = centred @ centred.T
     total = gram.diagonal().sum()
     distance = torch.pdist(image).square()
+    cosine = image @ text.T
+    # Equal reports differ in the last bit of their cosines; they are not ahead of each other.
+    rank = (cosine > cosine.diagonal()[:, None] + 1e-6).sum(dim=1)
     return {
         "effective_dim": float(total.square() / gram.square().sum().clamp(min=1e-12)),
         "alignment": float((image - text).square().sum(dim=-1).mean()),
+        "report_recall_1": float((rank < 1).float().mean()),
+        "report_recall_5": float((rank < 5).float().mean()),
         "uniformity": float(torch.log(torch.exp(-2.0 * distance).mean()))
         if len(image) > 1
         else 0.0,

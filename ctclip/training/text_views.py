@@ -8,6 +8,7 @@ sentence states or negates which finding is read from the reports themselves: no
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,33 @@ TEMPLATES: tuple[tuple[str, str], ...] = (
 """Ways to state a finding, and to negate it in the same words."""
 
 
+SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ("pleural effusion", "pleural fluid", "fluid in the pleural space"),
+    ("pericardial effusion", "pericardial fluid", "fluid in the pericardial space"),
+    ("cardiomegaly", "enlarged heart", "cardiac enlargement"),
+    ("lymphadenopathy", "enlarged lymph nodes"),
+    ("hiatal hernia", "hiatus hernia"),
+    ("nodule", "nodular lesion"),
+    ("ground-glass opacity", "ground glass density", "hazy opacity"),
+    ("consolidation", "airspace opacification"),
+    ("atelectasis", "volume loss"),
+    ("emphysema", "emphysematous change"),
+    ("bronchiectasis", "bronchial dilatation"),
+    ("bronchial wall thickening", "peribronchial thickening"),
+    ("interlobular septal thickening", "thickened interlobular septa"),
+    ("mosaic attenuation", "mosaic perfusion"),
+)
+"""Phrases that hospitals use for one thing, each of which can stand in the other's place."""
+
+
+_GROUP_OF = {phrase: group for group in SYNONYMS for phrase in group}
+_PHRASE = re.compile(
+    # Longest first, whole words: "nodule" is not to be found in "nodules".
+    rf"\b({'|'.join(sorted(map(re.escape, _GROUP_OF), key=len, reverse=True))})\b",
+    re.IGNORECASE,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextViewConfig:
     """What the text tower reads."""
@@ -42,6 +70,9 @@ class TextViewConfig:
 
     drop_section: float = 0.0
     """How often one of the two sections is left out, as hospitals do that only write one."""
+
+    synonyms: float = 0.0
+    """How often a phrase becomes another hospital's word for it, see :data:`SYNONYMS`."""
 
     template_share: float = 0.5
     """How often an opposite-sentence pair is a template rather than sentences from reports."""
@@ -105,17 +136,35 @@ def report_view(study: StudyText, config: TextViewConfig, rng: Generator) -> str
     text = report_text(findings, impression, sections=config.sections)
     if not text:  # the section asked for is missing: better the other one than nothing
         text = report_text(findings, impression)
-    if not config.shuffle_sentences:
-        return text
-    sentences = split_sentences(text)
-    return " ".join(sentences[index] for index in rng.permutation(len(sentences)))
+    if config.shuffle_sentences:
+        sentences = split_sentences(text)
+        text = " ".join(sentences[index] for index in rng.permutation(len(sentences)))
+    return reworded(text, config.synonyms, rng)
 
 
-def sentence_view(study: StudyText, rng: Generator) -> str:
+def sentence_view(study: StudyText, config: TextViewConfig, rng: Generator) -> str:
     """One sentence of the report, each with the same chance."""
     if not study.sentences:
         return ""
-    return study.sentences[int(rng.integers(len(study.sentences)))]
+    sentence = study.sentences[int(rng.integers(len(study.sentences)))]
+    return reworded(sentence, config.synonyms, rng)
+
+
+def reworded(text: str, share: float, rng: Generator) -> str:
+    """Replace a share of the phrases in :data:`SYNONYMS` by others of the same meaning."""
+    if share == 0.0:
+        return text
+
+    def swap(match: re.Match[str]) -> str:
+        phrase = match.group()
+        if rng.random() >= share:
+            return phrase
+        group = _GROUP_OF[phrase.lower()]
+        others = [other for other in group if other != phrase.lower()]
+        other = others[int(rng.integers(len(others)))]
+        return other[0].upper() + other[1:] if phrase[0].isupper() else other
+
+    return _PHRASE.sub(swap, text)
 
 
 def text_id(text: str) -> int:

@@ -81,8 +81,25 @@ def test_dropping_a_section_keeps_one_of_them():
 def test_every_sentence_has_its_turn():
     text = study("Emphysema is seen. No effusion. The heart is large.")
 
-    assert {sentence_view(text, default_rng(seed)) for seed in range(40)} == set(text.sentences)
-    assert sentence_view(study(), default_rng(0)) == ""
+    plain = TextViewConfig()
+    views = {sentence_view(text, plain, default_rng(seed)) for seed in range(40)}
+    assert views == set(text.sentences)
+    assert sentence_view(study(), plain, default_rng(0)) == ""
+
+
+def test_synonyms_change_words_and_keep_the_meaning():
+    text = study("Pleural effusion on the left. No cardiomegaly. Several nodules.")
+    config = TextViewConfig(synonyms=1.0, shuffle_sentences=False)
+    views = {report_view(text, config, default_rng(seed)) for seed in range(20)}
+
+    assert all("leural effusion" not in view for view in views)
+    assert any(view.startswith("Fluid in the pleural space on the left.") for view in views)
+    assert any("No enlarged heart." in view for view in views)
+    assert all("Several nodules." in view for view in views)
+    for view in views:
+        again = study(view)
+        assert polarity(again, "Pleural effusion") == 1.0
+        assert polarity(again, "Cardiomegaly") == 0.0
 
 
 def test_the_bank_keeps_only_sentences_about_one_finding():
