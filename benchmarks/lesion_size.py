@@ -38,6 +38,9 @@ from ctclip.phantom.scene import Scene
 logger = logging.getLogger(__name__)
 
 NOISE_HU = 20.0
+CENTRE_DEPTH_MM = 12.0
+"""Cubes are cut about places at least so deep in a lung."""
+
 SMALLEST_MM, LARGEST_MM = 3.0, 30.0
 """Diameters of training, log-uniform."""
 
@@ -66,20 +69,20 @@ SETTINGS = {
     # CT-CLIP's patch is a cube of 15 mm; at 3 mm that is 5 voxels. Both towers see the same cubes.
     "small": Setting(
         spacing_mm=3.0,
-        edge=30,
+        edge=20,
         train_patients=24,
         test_patients=12,
-        train_cubes=6000,
+        train_cubes=12_000,
         test_cubes=200,
         diameters_mm=(4, 6, 8, 10, 12, 15, 20, 28),
-        training_tflop=3.0,
+        training_tflop=2.0,
         batch=32,
-        lr=1e-3,
+        lr=2e-3,
         own=VisionConfig(
             size="tiny", width=96, depth=2, heads=4, patch=(8, 8, 8), stem_edge=2, queries=4
         ),
         ctvit=CTViTConfig(
-            image_size=(30, 30),
+            image_size=(20, 20),
             patch=(5, 5, 5),
             width=96,
             spatial_depth=1,
@@ -131,7 +134,7 @@ def cube(body: Body, edge: int, diameter_mm: float | None, rng: np.random.Genera
     """Cut a cube of lung, with one nodule or none, int16 HU."""
     margin = edge // 2
     depth = -body.lung[margin:-margin, margin:-margin, margin:-margin]
-    places = np.argwhere(depth > 3.0) + margin
+    places = np.argwhere(depth > CENTRE_DEPTH_MM) + margin
     centre = places[rng.integers(len(places))]
     box = tuple(slice(int(c) - margin, int(c) - margin + edge) for c in centre)
     grid = body.grid.crop(box)
