@@ -3,10 +3,10 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,14 @@ class CorruptVolumeError(ValueError):
     """A cached volume whose bytes do not match their checksum."""
 
 
+class FrameStore(Protocol):
+    """Anything that can fetch a volume's compressed bytes."""
+
+    def frame(self, volume_id: str) -> bytes:
+        """The frame that was written for this volume."""
+        ...
+
+
 @dataclass(frozen=True)
 class PreparedCohort:
     """A prepared cohort: only volumes that may reach a batch."""
@@ -34,7 +42,10 @@ class PreparedCohort:
     """Usable volumes in the manifest's order."""
 
     checksums: dict[str, int]
-    """CRC-32 of each volume's file."""
+    """CRC-32 of each volume's compressed frame."""
+
+    store: "FrameStore | None" = None
+    """Where frames lie, if not in files under ``path``."""
 
     @classmethod
     def open(cls, path: str | Path) -> "PreparedCohort":
@@ -91,13 +102,26 @@ class PreparedCohort:
             FileNotFoundError: If the cohort has no such volume.
             CorruptVolumeError: If its bytes have changed since they were written.
         """
-        file = self._file(volume_id)
-        frame = file.read_bytes()
+        return storage.decompress(self.frame(volume_id))
+
+    def frame(self, volume_id: str) -> bytes:
+        """One volume as compressed bytes, checksum verified; raises as :meth:`read` does."""
+        if self.store is None:
+            where = str(self._file(volume_id))
+            frame = self._file(volume_id).read_bytes()
+        else:
+            self._check_known(volume_id)
+            where = volume_id
+            frame = self.store.frame(volume_id)
         if storage.checksum(frame) != self.checksums[volume_id]:
             raise CorruptVolumeError(
-                f"{file} is damaged: its checksum differs; delete it and run ctclip-prepare"
+                f"{where} is damaged: its checksum differs; delete it and run ctclip-prepare"
             )
-        return storage.decompress(frame)
+        return frame
+
+    def stored_in(self, store: "FrameStore") -> "PreparedCohort":
+        """The same cohort with its frames elsewhere."""
+        return replace(self, store=store)
 
     def read_crop(self, volume_id: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """A box of one volume; only the chunks that it touches are read and decompressed.
@@ -112,16 +136,22 @@ class PreparedCohort:
         """
         import blosc2
 
-        array = blosc2.open(str(self._file(volume_id)), mode="r")
+        if self.store is None:
+            array = blosc2.open(str(self._file(volume_id)), mode="r")
+        else:
+            array = blosc2.ndarray_from_cframe(self.frame(volume_id))
         return array[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
 
     def _file(self, volume_id: str) -> Path:
+        self._check_known(volume_id)
+        return self.path / "volumes" / f"{volume_id}.b2nd"
+
+    def _check_known(self, volume_id: str) -> None:
         if volume_id not in self.checksums:
             raise FileNotFoundError(
                 f"no prepared volume for {volume_id!r} in {self.path}; its ledger.csv tells why, "
                 "or run ctclip-prepare"
             )
-        return self.path / "volumes" / f"{volume_id}.b2nd"
 
 
 def write_cohort_manifest(
