@@ -231,7 +231,7 @@ def read_sizes(path: str | Path) -> dict[tuple[str, str], float]:
         raise ValueError(f"{path}: no column {sorted(missing)[0]!r}")
     largest = frame.groupby(["volume_id", "finding"])["size_mm"].max()
     rows = largest.reset_index().itertuples(index=False)
-    return {(str(row.volume_id), str(row.finding)): float(row.size_mm) for row in rows}
+    return {(str(row[0]), str(row[1])): float(str(row[2])) for row in rows}
 
 
 def write(

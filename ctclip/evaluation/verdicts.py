@@ -187,6 +187,11 @@ def _remarks(evidence: Evidence, verdict: Verdict, criteria: Criteria) -> list[s
         late = evidence.curve[-1] - evidence.curve[-1 - len(evidence.curve) // 3]
         if late > 0.02:
             remarks.append(f"Training AUROC is still rising ({late:+.2f} over the last third).")
+    elif verdict is Verdict.SMALL:
+        remarks.append(
+            "Without earlier checkpoints (--earlier), a training that stopped too soon can't be "
+            "told from a target that is too small."
+        )
     return remarks
 
 
@@ -205,7 +210,7 @@ _ADVICE = {
     Verdict.LABELS: "Next: run the label audit, let a reader work through its list, train again.",
     Verdict.SMALL: (
         "Next: finer spacing or smaller tokens, regional scoring with top-k pooling, and the curve "
-        "of eval/lesion_size.py; more epochs won't help what the input doesn't show."
+        "of eval/lesion_size.py; more steps only help where training AUROC is still rising."
     ),
     Verdict.PROMPTS: (
         "Next: other prompts or synonyms, sentence-level or opposite-sentence training; until "
