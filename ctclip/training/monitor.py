@@ -178,7 +178,11 @@ def peak_flops() -> float | None:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget what a killed run wrote beyond its last checkpoint; from step 0 all comes anew."""
     if not path.exists():
+        return
+    if step == 0:
+        path.unlink()
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -155,6 +155,8 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             flops_per_step=job.flops_per_step(),
         ) as monitor,
     ):
+        if job.progress.step == 0:
+            monitor.write(0, {f"text_warmup/{name}": value for name, value in job.warmup.items()})
         for batch, waited_s in job.batches():
             step = job.progress.step
             optim.set_lr(job.engine.optimizer, _lr(config, step))
@@ -187,9 +189,8 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             monitor.step(step, volumes=config.batch_size, waited_s=waited_s, numbers=numbers)
 
             is_last = step == config.steps
-            if (
-                is_last or _every(step, config.checkpoint.evaluate_every)
-            ) and not guard.should_stop:
+            is_due = is_last or _every(step, config.checkpoint.evaluate_every)
+            if is_due and not guard.should_stop:  # when time is short, saving comes first
                 monitor.write(step, job.evaluate(evaluators, done.features))
             is_last = is_last or guard.should_stop or job.progress.is_stale(config.checkpoint)
             if is_last or _every(step, config.checkpoint.every):
@@ -317,6 +318,7 @@ class _Job:
     def batches(self) -> Iterator[tuple[Batch, float]]:
         """This rank's part of every step still to do, and how long it was waited for."""
         config = self.config
+        is_stale = self.progress.is_stale(config.checkpoint)
         records = _with_reports(self.cohort.split("train"), config)
         dataset = CohortDataset(
             self.cohort, records, config.augment, config.windows_hu, seed=config.seed
@@ -326,7 +328,7 @@ class _Job:
             batch_size=config.batch_size,
             seed=config.seed,
             start=self.progress.step,
-            stop=config.steps,
+            stop=self.progress.step if is_stale else config.steps,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )

@@ -85,11 +85,11 @@ def warm_up(
         device: Where the model is.
 
     Returns:
-        ``direction_spread`` before and after, over the standard prompts.
+        ``spread_before`` and ``spread_after``: prompt-direction spread of the standard prompts.
     """
     before = prompt_spread(model, tokenizer, device)
     if config.steps == 0:
-        return {"before": before, "after": before}
+        return {"spread_before": before, "spread_after": before}
     parameters = [p for p in model.text.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -139,7 +139,7 @@ def warm_up(
         before,
         after,
     )
-    return {"before": before, "after": after}
+    return {"spread_before": before, "spread_after": after}
 
 
 @torch.no_grad()
