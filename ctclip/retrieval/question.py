@@ -22,8 +22,10 @@ class Background:
     """What similarity means in one archive: the cosines of pairs of different patients."""
 
     volume_spread: float = 1.0
+    volume_mean: float | None = None
     volume_ordinary: float | None = None
     text_spread: float = 1.0
+    text_mean: float | None = None
     text_ordinary: float | None = None
 
     @classmethod
@@ -41,6 +43,7 @@ class Background:
                 volumes.patient_id,
             )
             if cosines.size > 1:
+                found[f"{name}_mean"] = float(cosines.mean())
                 found[f"{name}_spread"] = max(float(cosines.std()), 1e-6)
                 found[f"{name}_ordinary"] = float(np.quantile(cosines, ORDINARY_QUANTILE))
         return cls(**found)
@@ -65,11 +68,12 @@ def compose(
     Raises:
         ValueError: If nothing is asked.
     """
-    cases = [(1.0 / len(like), replace(q, ordinary=background.volume_ordinary)) for q in like]
+    ordinary, expected = background.volume_ordinary, background.volume_mean
+    cases = [(1.0 / len(like), replace(q, ordinary=ordinary, expected=expected)) for q in like]
     cases += [(-LESS_WEIGHT / len(unlike), query) for query in unlike]
     if text is None:
         return weighted(cases)
-    text = replace(text, ordinary=background.text_ordinary)
+    text = replace(text, ordinary=background.text_ordinary, expected=background.text_mean)
     if not cases:
         return text
     parts = [((1 - text_weight) * weight, query) for weight, query in cases] + [(text_weight, text)]

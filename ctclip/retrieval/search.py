@@ -31,6 +31,9 @@ class Query:
     ordinary: float | None = None
     """Similarity that 95 % of random pairs stay below; no better means nothing was found."""
 
+    expected: float | None = None
+    """Mean similarity of random pairs."""
+
     name: str = "query"
     """What to call it in a figure or a log; no identifier of a patient outside the archive."""
 
@@ -272,21 +275,24 @@ def weighted(parts: Sequence[tuple[float, Query]], spreads: Sequence[float] | No
     """
     if not parts:
         raise ValueError("nothing to search for: give at least one scan, study or text")
-    spreads = spreads or [1.0] * len(parts)
+    shares = [w / s for (w, _), s in zip(parts, spreads or [1.0] * len(parts), strict=True)]
     total = np.zeros_like(parts[0][1].vector, dtype=np.float64)
-    ordinary: float | None = 0.0
-    for (weight, part), spread in zip(parts, spreads, strict=True):
-        total += weight / spread * part.vector
-        if ordinary is not None:
-            known = part.ordinary is not None and weight >= 0
-            ordinary = ordinary + weight / spread * (part.ordinary or 0.0) if known else None
+    expected, excess_squared, is_known = 0.0, 0.0, True
+    for share, (_, part) in zip(shares, parts, strict=True):
+        total += share * part.vector
+        if share < 0 or part.ordinary is None or part.expected is None:
+            is_known = False
+        else:  # as if the parts varied independently
+            expected += share * part.expected
+            excess_squared += (share * (part.ordinary - part.expected)) ** 2
     length = float(np.linalg.norm(total))
     if length < 1e-6:
         raise ValueError("the parts of the query cancel each other out; change their weights")
     return Query(
         vector=(total / length).astype(np.float32),
         exclude_patients=frozenset().union(*(part.exclude_patients for _, part in parts)),
-        ordinary=None if ordinary is None else ordinary / length,
+        ordinary=(expected + excess_squared**0.5) / length if is_known else None,
+        expected=expected / length if is_known else None,
         name=" + ".join(part.name for _, part in parts),
     )
 

@@ -1,5 +1,6 @@
 """The page in headless Chromium, as a reader uses it."""
 
+import json
 import os
 import shutil
 import socket
@@ -33,6 +34,12 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+HEAT_AT_CROSSHAIR = """(() => {
+    const nv = page.viewers.view.query, map = nv.volumes[1];
+    return map.getValue(...nv.frac2vox(nv.scene.crosshairPos, 1));
+})()"""
+"""NiiVue's own idea of what lies under the crosshair; 255 is the hottest patch."""
+
 PATIENCE_MS = 120_000
 """Software rendering on a busy machine is slow; nothing here measures time."""
 
@@ -153,6 +160,8 @@ def test_window_plane_heat_map_and_case_follow_the_keyboard(tab):
     assert tab.evaluate("page.viewers.view.case.volumes[0].cal_min") == -160
     assert tab.input_value("#plane") == "coronal"
     assert tab.is_visible("#heat-note")
+    until(tab, "page.viewers.view.query.volumes.length === 2")
+    until(tab, f"{HEAT_AT_CROSSHAIR} === 255")
     tab.keyboard.press("3")
     assert tab.get_attribute("#cases li >> nth=2", "aria-current") == "true"
     tab.keyboard.press("/")
@@ -227,8 +236,13 @@ def test_an_unusable_file_is_explained_and_the_page_goes_on(tab, tmp_path):
 
 
 def upload_and_wait(tab, path):
+    before = tab.evaluate("page.result?.id ?? null")
     tab.set_input_files("#file", path)
-    until(tab, "page.result?.question.scan || document.querySelector('#status.bad') !== null")
+    until(
+        tab,
+        f"(page.result?.id ?? null) !== {json.dumps(before)}"
+        " || document.querySelector('#status.bad') !== null",
+    )
     assert tab.locator("#status.bad").count() == 0, tab.inner_text("#status")
     both_shown(tab)
     assert tab.locator("#bars li").count() == 18

@@ -81,6 +81,18 @@ def test_a_hit_no_better_than_a_random_pair_is_marked():
     assert np.mean(marks) == pytest.approx(0.95, abs=0.04)
 
 
+def test_a_mixed_query_marks_about_as_many_as_its_parts():
+    table = random_table(2000, width=64, volumes_per_patient=1)
+    reports = replace(random_table(2000, width=64, volumes_per_patient=1, seed=1), kind="report")
+    background = Background.of(table, reports)
+    like, text = Query(vector=table.vectors[0]), Query(vector=reports.vectors[5])
+    query = compose([like], [], text, background, text_weight=0.5)
+
+    marks = [hit.is_ordinary for hit in MemoryArchive(table).search(query, k=2000)]
+
+    assert np.mean(marks) == pytest.approx(0.95, abs=0.03)
+
+
 def test_quality_is_written_with_chance_and_pool(archive, tmp_path):
     _, page = archive
     found = quality.run(

@@ -320,10 +320,11 @@ async function compare() {
   await showHeat();
 }
 
-function setFinding(number) {
+async function setFinding(number) {
   page.finding = number;
   mark();
-  showHeat();
+  await showHeat();
+  if (number !== null) page.viewers?.goToHottest(page.viewers.shown.query ? "query" : "case");
 }
 
 async function showHeat() {

@@ -62,9 +62,22 @@ class Viewers {
     const nv = this.view[side];
     if (!nv || nv.volumes.length === 0) return;
     while (nv.volumes.length > 1) nv.removeVolume(nv.volumes[nv.volumes.length - 1]);
-    if (url) {
-      await nv.addVolumeFromUrl({ url, colormap: "warm", opacity: 0.5, cal_min: 80, cal_max: 255 });
-    }
+    if (!url) return;
+    await nv.addVolumeFromUrl({ url, colormap: "warm", opacity: 0.5, cal_min: 80, cal_max: 255 });
+  }
+
+  // Go to where a side's heat-map is hottest: its key slice for the finding.
+  goToHottest(side) {
+    const nv = this.view[side];
+    if (!nv || nv.volumes.length < 2) return;
+    const { img, hdr: { dims } } = nv.volumes[1];
+    const [, width, height, depth] = dims;
+    const at = img.indexOf(img.reduce((most, value) => Math.max(most, value), 0));
+    const [i, j, k] = [at % width, Math.floor(at / width) % height, Math.floor(at / (width * height))];
+    // files run towards left, posterior and superior; NiiVue's fractions towards right, anterior, superior
+    nv.scene.crosshairPos = [1 - (i + 0.5) / width, 1 - (j + 0.5) / height, (k + 0.5) / depth];
+    nv.drawScene();
+    nv.sync();
   }
 
   setWindow(name) {
