@@ -127,6 +127,7 @@ def main() -> None:
         files = sum(file.stat().st_size for file in (cohort.path / "volumes").iterdir())
         report = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "load_average": round(os.getloadavg()[0], 1),
             "volumes": args.num,
             "size": size,
             "crop": crop,

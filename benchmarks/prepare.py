@@ -154,6 +154,7 @@ def main() -> None:
     report: dict = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        "load_average": round(os.getloadavg()[0], 1),
         "repeats": args.repeats,
         "target": {"spacing_mm": SPACING_MM, "size": SIZE},
         "scans": {},
