@@ -57,7 +57,8 @@ def load(
         raise ConfigError(f"{source}: not a readable config: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping of keys to values at the top level")
-    return from_dict(schema, {**data, **(values or {})}, source=source)
+    merged = {str(key): value for key, value in data.items()} | dict(values or {})
+    return from_dict(schema, merged, source=source)
 
 
 def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") -> T:
