@@ -114,7 +114,9 @@ def model_card(loaded: Checkpoint, name: str, licence: str) -> str:
     config, volumes, known = loaded.model_config, loaded.volume_config, loaded.provenance
     tower = "CT-ViT" if config.ctvit is not None else f"ViT3D, {config.vision.size}"
     parameters = sum(p.numel() for p in loaded.model.parameters()) / 1e6
-    informed = {True: "yes", False: "no"}.get(known.get("label_informed"), "not recorded")
+    informed = "yes" if known.get("label_informed") else "no"
+    if "label_informed" not in known:
+        informed = "not recorded"
     windows = ", ".join(f"{low:g} to {high:g} HU" for low, high in volumes.windows_hu)
     facts = "\n".join(
         f"| {key.replace('_', ' ')} | {value} |"

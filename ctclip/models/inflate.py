@@ -6,6 +6,7 @@ slices are all alike gives the 2D network's own features; everything behind the 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,8 @@ def inflate_from(tower: ViT3D, name_or_path: str) -> None:
         inflate(tower, timm.models.load_state_dict(str(path), weights_only=True), source=str(path))
         return
     vit = timm.create_model(name_or_path, pretrained=True)
-    mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
-    inflate(tower, vit.state_dict(), mean=mean, std=std, source=name_or_path)
+    known: Any = vit.pretrained_cfg
+    inflate(tower, vit.state_dict(), mean=known["mean"], std=known["std"], source=name_or_path)
 
 
 @torch.no_grad()
