@@ -421,10 +421,10 @@ def _peribronchial(scene: Scene, lesion: Lesion) -> None:
 def _bronchiectasis(scene: Scene, lesion: Lesion) -> None:
     """Bronchi wider than their artery (signet ring), not tapering, visible near the pleura."""
     bronchi = _some_bronchi(scene, lesion, 0.7, 2.6)
-    factor = 1.7 + 1.3 * lesion.severity
-    wide = np.maximum(bronchi.radius * factor, lesion.size_mm / 2 * 0.8).astype(np.float32)
+    factor = 1.6 + 0.9 * lesion.severity
+    wide = np.maximum(bronchi.radius * factor, lesion.size_mm / 2 * 0.6).astype(np.float32)
     if lesion.kind == "cystic":
-        wide = wide * lesion.rng().uniform(1.0, 1.7, len(wide)).astype(np.float32)
+        wide = wide * lesion.rng().uniform(0.9, 1.4, len(wide)).astype(np.float32)
     dilated = trees.Tree(bronchi.start, bronchi.stop, wide, bronchi.lobe)
     body.paint_bronchi(scene.grid, scene.hu, dilated, 1.3)
 
@@ -453,7 +453,7 @@ def _pericardial(scene: Scene, lesion: Lesion) -> None:
 def _arterial_calcification(scene: Scene, lesion: Lesion) -> None:
     """Plaques in the wall of the aorta and the arch's branches."""
     points, radii = anatomy.centrelines(scene.patient)["aorta"]
-    _plaques(scene, lesion, points, radii, count=round(4 + 34 * lesion.severity), first=0.12)
+    _plaques(scene, lesion, points, radii, count=round(3 + 22 * lesion.severity), first=0.12)
 
 
 def _coronary_calcification(scene: Scene, lesion: Lesion) -> None:

@@ -115,10 +115,10 @@ def grow_trees(patient: Patient, ends: int = 256) -> LungTrees:
 
 
 def _bronchi(patient: Patient, start: Array, stop: Array, radius: Array, side: str) -> Tree:
-    """Airways beside the arteries: same branching, lumen 0.85 of the artery, touching it."""
+    """Airways beside the arteries: same branching, lumen 0.7 of the artery, touching it."""
     keep = radius > 0.8
     start, stop, radius = start[keep], stop[keep], radius[keep]
-    lumen = 0.85 * radius
+    lumen = 0.7 * radius
     # One direction for the whole lung keeps parent and child joined.
     aside = np.array([0.35, 0.75, -0.55 if side == "right" else 0.55], np.float32)
     shift = (radius + lumen + 0.9)[:, None] * aside

@@ -20,6 +20,6 @@ def test_gross_statistics_do_not_give_local_findings_away(tmp_path):
     # Small enough for CI; the card holds the measurement on a full cohort.
     config = PhantomConfig(num_patients=160, shape=(24, 32, 32), min_prevalence=0.25, seed=3)
     aucs = shortcut_aucs(build(config, tmp_path).parent)
-    # The standard error of an AUC with 40 positives of 160 is 0.05.
-    assert np.mean([aucs[name]["gross"] for name in LOCAL_FINDINGS]) < 0.65
-    assert all(aucs[name]["acquisition"] < 0.7 for name in LOCAL_FINDINGS)
+    # The standard error of an AUC with 40 positives of 160 is 0.05: margins of two of them.
+    assert np.mean([aucs[name]["gross"] for name in LOCAL_FINDINGS]) < 0.7
+    assert all(aucs[name]["acquisition"] < 0.75 for name in LOCAL_FINDINGS)
