@@ -45,7 +45,7 @@ def load(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    source = str(path) if path is not None else "defaults"
+    source = str(path) if path is not None else "command line"
     try:
         base = OmegaConf.load(path) if path is not None else OmegaConf.create({})
         data = OmegaConf.to_container(

@@ -51,7 +51,7 @@ def test_a_saved_config_loads_back(tmp_path):
         ("step=1", r"unknown config key step; did you mean steps\?"),
         ("steps=many", r"steps: .*integer.*'many'"),
         ("optim=3", "optim: .*3"),
-        ("optim.lr=-1", r"^defaults: optim: lr must be positive, got -1.0$"),
+        ("optim.lr=-1", r"^command line: optim: lr must be positive, got -1.0$"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override, message):

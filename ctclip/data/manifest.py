@@ -208,7 +208,10 @@ def _record(
             errors.append(f"line {row.line}: {column} is empty")
     scan = inside(root, row.get("path")) if row.get("path") else None
     if row.get("path") and scan is None:
-        errors.append(f"line {row.line}: path {row.get('path')!r} leads outside {root}")
+        errors.append(
+            f"line {row.line}: path {row.get('path')!r} leads outside {root}; "
+            "give --root <folder that holds all scans>"
+        )
     volume_id = row.get("volume_id") or volume_stem(row.get("path")) or row.get("study_id")
     if not is_safe_id(volume_id):
         errors.append(f"line {row.line}: volume_id {volume_id!r} can't name a file")

@@ -137,6 +137,8 @@ def build(config: PhantomConfig, out: Path) -> Path:
     if missing:
         rate = len(missing) / elapsed_s
         logger.info("drew %d patients in %.0f s, %.2f a second", len(missing), elapsed_s, rate)
+    else:
+        logger.info("%s is complete: %d patients", out, config.num_patients)
     _write_tables(out, indices)
     return out / "manifest.csv"
 
