@@ -63,6 +63,7 @@ class Patient:
     """Unenhanced 35-50; with contrast medium up to 250."""
 
     marrow_hu: float = 180.0
+    cortex_hu: float = 650.0
     liver_hu: float = 58.0
     tree_seed: int = 0
 
@@ -122,11 +123,12 @@ def sample_patient(rng: np.random.Generator, age: int, sex: str) -> Patient:
         heart_turn_rad=float(rng.normal(0, 0.14)),
         aorta=float(np.clip(rng.normal(1.0, 0.08), 0.82, 1.25)),
         kyphosis_mm=float(np.clip(rng.normal(8, 5), 0, 22)),
-        lung_hu=float(np.clip(rng.normal(-862, 24), -910, -790)),
+        lung_hu=float(np.clip(rng.normal(-850, 45), -915, -720)),
         blood_hu=float(rng.uniform(110, 240) if contrast else rng.normal(42, 4)),
         marrow_hu=float(np.clip(rng.normal(185, 45), 90, 300)),
         liver_hu=float(np.clip(rng.normal(57, 8), 20, 75)) + (40.0 if contrast else 0.0),
         tree_seed=int(rng.integers(2**31)),
+        cortex_hu=float(np.clip(rng.normal(650, 130), 380, 950)),
     )
 
 

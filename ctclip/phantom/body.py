@@ -23,7 +23,7 @@ from ctclip.phantom.grid import (
 from ctclip.phantom.scene import Scene
 
 AIR_HU, FAT_HU, MUSCLE_HU, SKIN_HU, FLUID_HU = -1000.0, -102.0, 52.0, 20.0, 12.0
-CORTEX_HU, CARTILAGE_HU, DISC_HU = 650.0, 110.0, 85.0
+CARTILAGE_HU, DISC_HU = 110.0, 85.0
 VERTEBRA_MM = 24.5
 """Height of one vertebra with its disc: ribs follow the same rhythm."""
 
@@ -155,7 +155,7 @@ def _paint_ribs(
     bone = np.clip((bony - angle) * 12.0 + 0.5, 0.0, 1.0)
     flat = hu.reshape(-1)
     value = flat[near]
-    blend(value, coverage(outline, edge), bone * CORTEX_HU + (1 - bone) * CARTILAGE_HU)
+    blend(value, coverage(outline, edge), bone * patient.cortex_hu + (1 - bone) * CARTILAGE_HU)
     marrow = coverage(outline + 1.6, edge) * bone
     blend(value, marrow, patient.marrow_hu * 0.8)
     flat[near] = value
@@ -192,11 +192,17 @@ def _paint_spine(patient: Patient, hu: Array, edge: float, z: Array, y: Array, x
 
 
 def _bone_capsule(
-    grid: Grid, hu: Array, start: Array, stop: Array, radius: float, core_hu: float
+    patient: Patient,
+    grid: Grid,
+    hu: Array,
+    start: Array,
+    stop: Array,
+    radius: float,
+    core_hu: float,
 ) -> None:
     box, d = capsule_box(grid, start, stop, radius + grid.edge_mm)
     if box is not None and d is not None:
-        blend(hu[box], coverage(d - np.float32(radius), grid.edge_mm), CORTEX_HU)
+        blend(hu[box], coverage(d - np.float32(radius), grid.edge_mm), patient.cortex_hu)
         blend(hu[box], coverage(d - np.float32(radius - 1.8), grid.edge_mm), core_hu)
 
 
@@ -215,15 +221,17 @@ def _paint_girdle(patient: Patient, grid: Grid, hu: Array) -> None:
         plate = np.maximum(np.abs(front) - 5.5 * np.sqrt(np.maximum(1.05 - across**4, 0.0)), -5.5)
         plate = np.maximum(plate, (across - 1.0) * 12.0)
         plate = np.maximum(plate, np.abs(z + 30.0) - 78.0)
-        blend(hu[box], coverage(plate, grid.edge_mm), CORTEX_HU * 0.7)
+        blend(hu[box], coverage(plate, grid.edge_mm), patient.cortex_hu * 0.7)
         blend(hu[box], coverage(plate + 1.8, grid.edge_mm), marrow)
     for side in (-1.0, 1.0):
         inner, outer = np.array([54.0, -52, 20 * side]), np.array([92.0, -12, 150 * side])
         middle = np.array([72.0, -50, 80 * side])
-        _bone_capsule(grid, hu, w(inner), w(middle), 6.0, marrow)
-        _bone_capsule(grid, hu, w(middle), w(outer), 5.5, marrow)
+        _bone_capsule(patient, grid, hu, w(inner), w(middle), 6.0, marrow)
+        _bone_capsule(patient, grid, hu, w(middle), w(outer), 5.5, marrow)
         head = np.array([96.0, 8, 163 * side])
-        _bone_capsule(grid, hu, w(head), w(head + np.array([26.0, -8, 16 * side])), 21.0, marrow)
+        _bone_capsule(
+            patient, grid, hu, w(head), w(head + np.array([26.0, -8, 16 * side])), 21.0, marrow
+        )
         _paint_scapula(patient, grid, hu, side)
 
 
@@ -250,10 +258,10 @@ def _paint_scapula(patient: Patient, grid: Grid, hu: Array, side: float) -> None
     blade = np.maximum(np.maximum(inner - across, across - outer), np.abs(z - 18.0) - 60.0)
     rim = 1.3 + 2.0 * np.exp(-((across - outer) ** 2) / 30.0)
     blade = np.maximum(blade, np.abs(normal) - rim)
-    blend(hu[box], coverage(blade, grid.edge_mm), CORTEX_HU * 0.85)
+    blend(hu[box], coverage(blade, grid.edge_mm), patient.cortex_hu * 0.85)
     ridge = np.maximum(np.abs(z - 55.0 - 0.25 * across) - 2.5, np.abs(normal - 9.0) - 11.0)
     ridge = np.maximum(ridge, np.abs(across) - 36.0)
-    blend(hu[box], coverage(ridge, grid.edge_mm), CORTEX_HU * 0.7)
+    blend(hu[box], coverage(ridge, grid.edge_mm), patient.cortex_hu * 0.7)
     glenoid = np.sqrt((across - 42.0) ** 2 + (normal - 2.0) ** 2 + (z - 72.0) ** 2) - 12.0
     blend(hu[box], coverage(glenoid, grid.edge_mm), 320.0)
 

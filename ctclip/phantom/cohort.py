@@ -44,7 +44,7 @@ from ctclip.phantom.reports import ReportConfig
 
 logger = logging.getLogger(__name__)
 
-DRAWING_VERSION = 5
+DRAWING_VERSION = 6
 """Part of the fingerprint: raised when the same seed draws other voxels or words."""
 
 
