@@ -1,13 +1,15 @@
 """Run a function on several real processes that can gather from each other."""
 
-import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from nursery import Child, load_function
 
 
 def on_ranks(
@@ -15,22 +17,19 @@ def on_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` on each of ``world_size`` gloo ranks; results in rank order.
 
-    Processes are forked, which saves importing torch in each; each computes on one thread, since
-    a thread pool does not survive a fork.
+    The function stands at the top level of a test module.
     """
+    where = (str(sys.modules[function.__module__].__file__), function.__name__)
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
         processes = [
-            context.Process(target=_child, args=(rank, world_size, folder, function, args))
-            for rank in range(world_size)
+            Child(_child, rank, world_size, folder, where, args) for rank in range(world_size)
         ]
         for process in processes:
-            process.start()
-        for process in processes:
             process.join(timeout_s)
-        alive = [process for process in processes if process.is_alive()]
+        alive = [process for process in processes if process.exitcode is None]
         for process in alive:
             process.kill()
+            process.join(10)
         results = []
         for rank in range(world_size):
             path = Path(folder) / f"result_{rank}"
@@ -44,7 +43,7 @@ def on_ranks(
 
 
 def _child(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, folder: str, where: tuple[str, str], args: tuple[Any, ...]
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -55,7 +54,7 @@ def _child(
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
-        outcome = (False, function(*args))
+        outcome = (False, load_function(*where)(*args))
     except BaseException:
         outcome = (True, traceback.format_exc())
     path = Path(folder) / f"result_{rank}"

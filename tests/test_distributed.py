@@ -4,6 +4,10 @@ from ranks import on_ranks
 from ctclip import distributed
 
 
+def gather_ranks():
+    return distributed.gather_objects(distributed.rank())
+
+
 def gather_and_differentiate():
     rank = distributed.rank()
     local = torch.full((2, 3), float(rank + 1), dtype=torch.float64, requires_grad=True)
@@ -23,7 +27,7 @@ def test_gather_returns_every_ranks_rows_and_sums_their_gradients():
 
 
 def test_gather_objects_keeps_rank_order():
-    assert on_ranks(2, lambda: distributed.gather_objects(distributed.rank())) == [[0, 1]] * 2
+    assert on_ranks(2, gather_ranks) == [[0, 1]] * 2
 
 
 def test_one_process_needs_no_group():

@@ -1,18 +1,19 @@
 """Short pretraining runs in child processes, as the ``deepspeed`` launcher would start them.
 
-Processes are forked from one that has imported everything, which makes a run take two seconds
-instead of fifteen; one test starts the real launcher.
+They come from the nursery, which makes a run take two seconds instead of fifteen; one test starts
+the real launcher.
 """
 
 import contextlib
 import json
-import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from nursery import Child
 
 TINY: dict[str, Any] = {
     "steps": 6,
@@ -53,22 +54,13 @@ class Run:
     """A started run; ``wait`` for it, or kill it."""
 
     def __init__(self, cohort: Path, out: Path, world_size: int, changes: dict[str, Any]) -> None:
-        import deepspeed
-        import deepspeed.ops  # noqa: F401
-
-        import ctclip.training.pretrain  # noqa: F401
-
         self.out = out
         settings = merged(TINY, {**changes, "cohort": str(cohort), "out": str(out)})
-        context = multiprocessing.get_context("fork")
         port = _free_port()
         out.mkdir(parents=True, exist_ok=True)
         self.processes = [
-            context.Process(target=_child, args=(rank, world_size, port, settings, out))
-            for rank in range(world_size)
+            Child(_child, rank, world_size, port, settings, out) for rank in range(world_size)
         ]
-        for process in self.processes:
-            process.start()
 
     def wait(self, timeout_s: float = 400) -> list[int | None]:
         """Exit codes in rank order; None for one that had to be killed."""
@@ -76,9 +68,9 @@ class Run:
             process.join(timeout_s)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
-            if process.is_alive():
+            if process.exitcode is None:
                 process.kill()
-                process.join()
+                process.join(10)
         return codes
 
     def kill(self) -> None:
@@ -86,7 +78,7 @@ class Run:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.join()
+            process.join(10)
 
     def said(self, rank: int = 0) -> str:
         """Everything that a rank wrote to its terminal."""
