@@ -34,6 +34,22 @@ def _schema(folder: str) -> type:
         from ctclip.evaluation.zero_shot import ZeroShotConfig
 
         return ZeroShotConfig
+    if folder == "train_fit":
+        from ctclip.evaluation.train_fit import TrainFitConfig
+
+        return TrainFitConfig
+    if folder == "label_audit":
+        from ctclip.evaluation.label_audit import AuditConfig
+
+        return AuditConfig
+    if folder == "lesion_size":
+        from ctclip.evaluation.lesion_size import LesionSizeConfig
+
+        return LesionSizeConfig
+    if folder == "probe":
+        from ctclip.evaluation.few_shot import FewShotConfig
+
+        return FewShotConfig
     raise AssertionError(f"configs/{folder} belongs to no command")
 
 
