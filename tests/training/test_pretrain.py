@@ -67,7 +67,9 @@ def test_processes_micro_batches_and_zero_stages_do_not_change_training(
         ), name
     expected = weights_of(undisturbed)
     for name, weight in weights_of(tmp_path / "run").items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-6)
+        # Adam divides by the gradient's own size, so where a gradient is rounding noise, its sign
+        # moves a weight: 1e-5 is 0.3 % of the way that a weight can go in these six steps.
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
