@@ -1,15 +1,15 @@
 """Which labels are probably wrong, and why: suspects from image, label and report together.
 
 Per finding, a probe that never saw the patient scores every volume; the noise model
-(:mod:`ctclip.evaluation.noise`) turns score and label into a chance that the label is wrong and
-into a noise rate with an interval; cleanlab's confident learning gives a second opinion; the
-report's own sentences say who contradicts whom. Labels have three states: unknown ones are never
-trained on, counted or listed, only given the probe's opinion.
+(:mod:`ctclip.evaluation.noise`) turns score, label and what the report says into a chance that the
+label is wrong and into a noise rate with an interval; cleanlab's confident learning gives a second
+opinion; the report's own sentence stands beside each suspect. Labels have three states: unknown
+ones are never trained on, counted or listed, only given the probe's opinion.
 """
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Text = Literal["affirmed", "denied", "not mentioned", "no report"]
+READINGS = {"affirmed": noise.AFFIRMED, "denied": noise.DENIED}
+Said = dict[str, tuple[Text, str]]
+"""Finding to what one report says about it, and the sentence that says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,9 @@ class FindingAudit:
     is_flagged: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
     """``(N,)`` cleanlab's verdict; all False where cleanlab isn't installed."""
 
+    contradicted: int = 0
+    """Known labels that the case's report contradicts."""
+
     note: str = ""
 
     @property
@@ -95,10 +101,11 @@ class Audit:
                 "unknown": found.unknown,
                 "positives": found.positives,
                 "probe_auroc": found.auroc,
+                "contradicted_by_report": found.contradicted,
             }
             if found.estimate is not None:
                 values = asdict(found.estimate)
-                del values["model"], values["posterior"]
+                del values["model"], values["posterior"], values["chance"]
                 row |= values if found.is_identified else {}
                 row["flagged_by_cleanlab"] = int(found.is_flagged.sum())
             row["note"] = found.note
@@ -115,7 +122,7 @@ def audit(
 
     Args:
         table: Embeddings with labels; every row is used, whatever its split.
-        texts: Volume to report text, for the evidence.
+        texts: Volume to report text. Where there are any, reports are evidence beside the image.
         config: Folds, replicates, threshold.
 
     Returns:
@@ -126,11 +133,13 @@ def audit(
     config = config or AuditConfig()
     patient_id = np.asarray(table.patient_id)
     hidden = not sys.stderr.isatty()
+    texts = texts or {}
+    said = [_said(texts[v]) if texts.get(v) else None for v in table.volume_id]
     findings, frames = [], []
     for k in tqdm(range(len(FINDINGS)), desc="audit", unit="finding", disable=hidden):
-        found = _audit_finding(table, k, patient_id, config)
+        found = _audit_finding(table, k, patient_id, said, config)
         findings.append(found)
-        frames.append(_suspects(table, k, found, texts, config))
+        frames.append(_suspects(table, k, found, said, config))
     suspects = pd.concat(frames, ignore_index=True)
     suspects = suspects.sort_values(
         ["p_wrong", "finding", "volume_id"], ascending=[False, True, True], ignore_index=True
@@ -152,25 +161,38 @@ def cleaned(labels: np.ndarray, audit: Audit, threshold: float = 0.5) -> np.ndar
     return out
 
 
+def readings(said: Sequence[Said | None], finding: str) -> np.ndarray:
+    """``(N,)`` what each report says about a finding, as the noise model counts it."""
+    found = [_about(row, finding)[0] for row in said]
+    return np.array([READINGS.get(text, noise.SILENT) for text in found], dtype=np.int64)
+
+
 def _audit_finding(
-    table: "EmbeddingTable", k: int, patient_id: np.ndarray, config: AuditConfig
+    table: "EmbeddingTable",
+    k: int,
+    patient_id: np.ndarray,
+    said: Sequence[Said | None],
+    config: AuditConfig,
 ) -> FindingAudit:
     labels = table.labels[:, k].astype(np.float64)
     known = ~np.isnan(labels)
     logits = probes.out_of_fold(
         table.vectors, labels, patient_id, num_folds=config.num_folds, seed=config.seed
     )
+    read = readings(said, FINDINGS[k])
+    against = np.where(labels == 1.0, noise.DENIED, noise.AFFIRMED)
     counts: dict[str, Any] = {
         "finding": FINDINGS[k],
         "known": int(known.sum()),
         "unknown": int((~known).sum()),
         "positives": int((labels == 1.0).sum()),
+        "contradicted": int((known & (read == against)).sum()),
     }
     if np.isnan(logits).all():
         note = f"fewer than {config.num_folds} patients of one class: not audited"
         return FindingAudit(**counts, auroc=float("nan"), note=note)
     found = noise.estimate(
-        logits, labels, patient_id, replicates=config.replicates, seed=config.seed
+        logits, labels, patient_id, readings=read, replicates=config.replicates, seed=config.seed
     )
     note = ""
     if not found.is_identified:
@@ -205,7 +227,7 @@ def _suspects(
     table: "EmbeddingTable",
     k: int,
     found: FindingAudit,
-    texts: Mapping[str, str] | None,
+    said: Sequence[Said | None],
     config: AuditConfig,
 ) -> pd.DataFrame:
     columns = ["volume_id", "study_id", "patient_id", "finding", "label", "p_present", "p_wrong",
@@ -213,15 +235,18 @@ def _suspects(
     rows = []
     labels = table.labels[:, k]
     posterior = np.zeros(len(table))
+    disagrees = np.zeros(len(table), dtype=bool)
     if found.estimate is not None and found.is_identified:
         posterior = np.nan_to_num(found.estimate.posterior)
-    for row in np.flatnonzero(~np.isnan(labels)):
+        disagrees = (found.estimate.chance > 0.5) != (labels == 1.0)
+    for row in np.flatnonzero(~np.isnan(labels)).tolist():
         volume = table.volume_id[row]
-        text, sentence = _said(texts, volume, found.finding)
+        text, sentence = _about(said[row], found.finding)
         contradicted = {"affirmed": labels[row] == 0.0, "denied": labels[row] == 1.0}.get(text)
         if posterior[row] <= config.suspicion and not contradicted:
             continue
         identified = found.is_identified
+        suspect = bool(posterior[row] > config.suspicion)
         rows.append(
             {
                 "volume_id": volume,
@@ -234,35 +259,45 @@ def _suspects(
                 "cleanlab": bool(len(found.is_flagged) and found.is_flagged[row]),
                 "report": text,
                 "sentence": sentence,
-                "reason": _reason(int(labels[row]), text, posterior[row] > config.suspicion),
+                "reason": _reason(int(labels[row]), text, suspect, bool(disagrees[row])),
                 "decision": "",
             }
         )
     return pd.DataFrame(rows, columns=columns)
 
 
-def _said(texts: Mapping[str, str] | None, volume: str, finding: str) -> tuple[Text, str]:
-    """What the report says about a finding, and the sentence that says so."""
+def _said(text: str) -> Said:
+    """What a report says; nothing about any finding where there is no report."""
     from ctclip.data.mentions import mentions
 
-    if texts is None or not texts.get(volume):
+    found: Said = {}
+    for mention in mentions(text):
+        if mention.present:  # one affirmation outweighs denials, and its sentence is the evidence
+            if found.get(mention.finding, ("denied", ""))[0] == "denied":
+                found[mention.finding] = ("affirmed", mention.sentence)
+        else:
+            found.setdefault(mention.finding, ("denied", mention.sentence))
+    return found
+
+
+def _about(said: Said | None, finding: str) -> tuple[Text, str]:
+    if said is None:
         return "no report", ""
-    found = [mention for mention in mentions(texts[volume]) if mention.finding == finding]
-    if not found:
-        return "not mentioned", ""
-    telling = next((mention for mention in found if mention.present), found[0])
-    return ("affirmed" if telling.present else "denied"), telling.sentence
+    return said.get(finding, ("not mentioned", ""))
 
 
-def _reason(label: int, text: Text, image_disagrees: bool) -> str:
-    said = {"affirmed": "affirms it", "denied": "denies it"}.get(text)
-    stands = "present" if label else "absent"
-    if image_disagrees and said is None:
+def _reason(label: int, text: Text, is_suspect: bool, image_disagrees: bool) -> str:
+    stands = f"labelled {'present' if label else 'absent'}"
+    said = {"affirmed": "the report affirms it", "denied": "the report denies it"}.get(text)
+    if said is None:
         silence = "no report to ask" if text == "no report" else "the report doesn't mention it"
-        return f"labelled {stands}, the image suggests otherwise; {silence}"
+        image = "the image suggests otherwise" if image_disagrees else "the image leaves it open"
+        return f"{stands}, {image}; {silence}"
     contradicted = (text == "affirmed") != bool(label)
     if image_disagrees and contradicted:
-        return f"labelled {stands}, the report {said} and so does the image: labelling error"
+        return f"{stands}, {said} and so does the image: labelling error"
     if image_disagrees:
-        return f"labelled {stands}, the report {said}, the image doesn't: reader or model"
-    return f"labelled {stands}, the report {said}; the image takes no side against the label"
+        return f"{stands}, {said}, the image doesn't: reader or model"
+    if is_suspect:
+        return f"{stands}, {said}; the image leaves it open"
+    return f"{stands}, {said}; the image takes no side against the label"

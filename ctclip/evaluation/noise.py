@@ -1,6 +1,9 @@
-"""How many labels are wrong? A noise model over out-of-fold scores.
+"""How many labels are wrong? A noise model over out-of-fold scores, and over what reports say.
 
-The chance that a case with score ``s`` *carries the label* "present" is modelled as
+A case has the finding with a chance that follows its score ``s``, ``q = sigmoid(slope * s +
+offset)``. What is on record about it, its label and where there is a report what the report
+affirms or denies, is drawn with one set of chances if the finding is there and another if not.
+For the label alone this says that the chance to *carry the label* "present" is
 
     false + (1 - false - missed) * sigmoid(slope * s + offset)
 
@@ -8,6 +11,9 @@ If labels were right, it would run from 0 to 1. Labels that are wrong at random 
 even the plainest positives carry the label in only ``1 - missed`` of cases, and even the plainest
 negatives in ``false``. Overlap of the classes bends the curve between the plateaus and doesn't
 count as noise, which is what separates this estimate from counting confident disagreements.
+
+Nothing is assumed about how label and report hang together: a report that the labels were read
+from adds little, one that contradicts them adds as much as the scores of such cases bear out.
 
 A lesion that the model can't see looks like a label that is false: images alone can't tell the
 two apart. ``missed`` has no such double.
@@ -17,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from ctclip.evaluation import bootstrap
 
@@ -29,7 +35,17 @@ MIN_AUROC = 0.75
 
 NUM_BINS = 400
 
-BOUNDS = [(-5.0, 4.0), (-30.0, 30.0), (-12.0, 3.0), (-12.0, 3.0)]
+SILENT, DENIED, AFFIRMED = 0, 1, 2
+"""What a report says about a finding."""
+
+KINDS = 6
+"""Label (0, 1) x report (silent, denied, affirmed): ``kind = label + 2 * reading``."""
+
+IS_PRESENT = np.arange(KINDS) % 2 == 1
+"""Kinds whose label says "present"."""
+
+SLOPE, OFFSET, LOGIT = (-5.0, 4.0), (-30.0, 30.0), (-12.0, 12.0)
+"""Bounds of the parameters, the slope's on its logarithm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,27 +54,42 @@ class NoiseModel:
 
     slope: float
     offset: float
-    false: float
-    """Chance that a case without the finding carries the label."""
+    if_present: np.ndarray
+    """``(KINDS,)`` chance of each kind of record for a case with the finding."""
 
-    missed: float
-    """Chance that a case with the finding doesn't."""
+    if_absent: np.ndarray
+    """``(KINDS,)`` the same for a case without it."""
+
+    @property
+    def missed(self) -> float:
+        """Chance that a case with the finding is labelled absent."""
+        return float(self.if_present[~IS_PRESENT].sum())
+
+    @property
+    def false(self) -> float:
+        """Chance that a case without the finding is labelled present."""
+        return float(self.if_absent[IS_PRESENT].sum())
 
     def present(self, scores: np.ndarray) -> np.ndarray:
         """``(N,)`` chance that the finding is there, from the score alone."""
         chance: np.ndarray = expit(self.slope * scores + self.offset)
         return chance
 
-    def wrong(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """``(N,)`` chance that the label is wrong, given score and label; nan where unknown."""
+    def likelihood(self, scores: np.ndarray, kind: np.ndarray) -> np.ndarray:
+        """``(N,)`` chance of each case's kind given its score."""
         q = self.present(scores)
-        false = self.false * (1 - q)
-        missed = self.missed * q
-        right_one, right_zero = (1 - self.missed) * q, (1 - self.false) * (1 - q)
-        tiny = np.finfo(float).tiny
-        one = false / np.maximum(false + right_one, tiny)
-        zero = missed / np.maximum(missed + right_zero, tiny)
-        return np.where(np.isnan(labels), np.nan, np.where(labels == 1.0, one, zero))
+        chance: np.ndarray = q * self.if_present[kind] + (1 - q) * self.if_absent[kind]
+        return np.clip(chance, 1e-12, 1.0)
+
+    def truth(self, scores: np.ndarray, kind: np.ndarray) -> np.ndarray:
+        """``(N,)`` chance that the finding is there, given score, label and report."""
+        chance: np.ndarray = self.present(scores) * self.if_present[kind]
+        return np.clip(chance / self.likelihood(scores, kind), 0.0, 1.0)
+
+    def wrong(self, scores: np.ndarray, kind: np.ndarray) -> np.ndarray:
+        """``(N,)`` chance that the label is wrong, given score, label and report."""
+        truth = self.truth(scores, kind)
+        return np.where(IS_PRESENT[kind], 1 - truth, truth)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,15 +118,24 @@ class NoiseEstimate:
     posterior: np.ndarray
     """``(N,)`` chance that each label is wrong; nan where unknown."""
 
+    chance: np.ndarray
+    """``(N,)`` chance of the finding from the score alone; nan where the label is unknown."""
+
     @property
     def is_identified(self) -> bool:
         """Whether the scores see enough of the finding for the plateaus to mean anything."""
         return self.auroc_inferred >= MIN_AUROC
 
 
+def kinds(labels: np.ndarray, readings: np.ndarray | None = None) -> np.ndarray:
+    """``(N,)`` kind of record of each case, from known labels and what reports say."""
+    found: np.ndarray = (labels == 1.0).astype(np.int64)
+    return found if readings is None else found + 2 * readings
+
+
 def fit(
     scores: np.ndarray,
-    labels: np.ndarray,
+    kind: np.ndarray,
     weights: np.ndarray | None = None,
     start: NoiseModel | None = None,
 ) -> NoiseModel:
@@ -103,44 +143,62 @@ def fit(
 
     Args:
         scores: ``(N,)`` standardised.
-        labels: ``(N,)`` 1 or 0.
+        kind: ``(N,)`` from :func:`kinds`.
         weights: ``(N,)`` case weights.
         start: Where to begin; without one, several starts are tried.
     """
     weights = np.ones(len(scores)) if weights is None else weights
+    counts = np.bincount(kind, weights, minlength=KINDS)
+    met = np.flatnonzero(counts)  # kinds that never occur have no chance and no parameter
+    column = np.searchsorted(met, kind)
+    is_present = IS_PRESENT[met]
 
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        slope = np.exp(parameters[0])
-        odds = np.exp(parameters[2:])
-        total = 1.0 + odds.sum()
-        false, missed = odds / total
-        span = 1.0 / total  # 1 - false - missed
-        q = expit(slope * scores + parameters[1])
-        p = np.clip(false + span * q, 1e-9, 1 - 1e-9)
-        value = -(weights * (labels * np.log(p) + (1 - labels) * np.log(1 - p))).sum()
-        dp = -weights * (labels / p - (1 - labels) / (1 - p))
-        bend = span * q * (1 - q)
-        d_false, d_missed = (dp * (1 - q)).sum(), -(dp * q).sum()
-        gradient = np.array(
-            [
-                (dp * bend * scores).sum() * slope,
-                (dp * bend).sum(),
-                false * ((1 - false) * d_false - missed * d_missed) + PRIOR * false,
-                missed * ((1 - missed) * d_missed - false * d_false) + PRIOR * missed,
-            ]
+    def unpack(x: np.ndarray) -> NoiseModel:
+        chances = np.zeros((2, KINDS))
+        chances[:, met] = softmax(x[2:].reshape(2, -1), axis=1)
+        return NoiseModel(float(np.exp(x[0])), float(x[1]), chances[0], chances[1])
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        model = unpack(x)
+        truth = model.truth(scores, kind)
+        value = -float(weights @ np.log(model.likelihood(scores, kind)))
+        bend = weights * (truth - model.present(scores))
+        span = max(1.0 - model.false - model.missed, 1e-6)
+        gradient = [-(bend @ scores) * model.slope, -bend.sum()]
+        sides = (
+            (model.if_present[met], truth, ~is_present),
+            (model.if_absent[met], 1 - truth, is_present),
         )
-        return float(value - PRIOR * np.log(span)), gradient
+        for chance, share, is_wrong in sides:
+            total = np.bincount(column, weights * share, minlength=len(met))
+            gradient += list(total.sum() * chance - total)
+            rate = chance[is_wrong].sum()
+            gradient[-len(met) :] += PRIOR / span * chance * (is_wrong - rate)
+        return value - PRIOR * np.log(span), np.array(gradient)
 
-    starts = [np.array([a, 0.0, r, r]) for a in (0.0, 1.5) for r in (-4.0, -1.5)]
+    bounds = [SLOPE, OFFSET, *[LOGIT] * (2 * len(met))]
+    results = [
+        minimize(loss, x, jac=True, method="L-BFGS-B", bounds=bounds)
+        for x in _starts(counts[met], is_present, start, met)
+    ]
+    return unpack(min(results, key=lambda result: float(result.fun)).x)
+
+
+def _starts(
+    counts: np.ndarray, is_present: np.ndarray, start: NoiseModel | None, met: np.ndarray
+) -> list[np.ndarray]:
+    """Where to climb from: labels almost right or often wrong, curves flat or steep."""
     if start is not None:
-        span = 1.0 - start.false - start.missed
-        odds = np.log(np.maximum([start.false / span, start.missed / span], 1e-5))
-        starts = [np.array([np.log(start.slope), start.offset, *odds])]
-    results = [minimize(loss, x, jac=True, method="L-BFGS-B", bounds=BOUNDS) for x in starts]
-    best = min(results, key=lambda result: float(result.fun))
-    odds = np.exp(best.x[2:])
-    false, missed = odds / (1.0 + odds.sum())
-    return NoiseModel(float(np.exp(best.x[0])), float(best.x[1]), float(false), float(missed))
+        chances = np.stack([start.if_present[met], start.if_absent[met]])
+        return [np.r_[np.log(start.slope), start.offset, np.log(np.maximum(chances, 1e-5)).ravel()]]
+    share = np.where(is_present, counts / counts[is_present].sum(), 0.0)
+    share = np.where(is_present, share, counts / counts[~is_present].sum())
+    found = []
+    for rate in (0.02, 0.15):
+        sides = [np.where(side, 1 - rate, rate) * share for side in (is_present, ~is_present)]
+        chances = np.log(np.maximum(sides, 1e-5)).ravel()
+        found += [np.r_[log_slope, 0.0, chances] for log_slope in (0.0, 1.5)]
+    return found
 
 
 def estimate(
@@ -148,6 +206,7 @@ def estimate(
     labels: np.ndarray,
     patient_id: np.ndarray,
     *,
+    readings: np.ndarray | None = None,
     replicates: int = 100,
     seed: int = 0,
 ) -> NoiseEstimate:
@@ -157,6 +216,7 @@ def estimate(
         scores: ``(N,)`` out-of-fold log-odds.
         labels: ``(N,)`` 1, 0 or nan.
         patient_id: ``(N,)``.
+        readings: ``(N,)`` what each case's report says: ``SILENT``, ``DENIED`` or ``AFFIRMED``.
         replicates: Patient-grouped bootstrap fits behind the intervals.
         seed: Of the draws.
 
@@ -169,36 +229,39 @@ def estimate(
         raise ValueError("noise can't be estimated where only one class is known")
     spread = scores[mask].std()
     score = (scores[mask] - scores[mask].mean()) / (spread if spread > 0 else 1.0)
+    kind = kinds(label, None if readings is None else readings[mask])
 
     # a few hundred bins carry the curve, so that the cost doesn't grow with the cohort
     bins = np.array_split(np.argsort(score, kind="stable"), min(NUM_BINS, len(score)))
     cell = np.empty(len(score), dtype=np.int64)
     for index, rows in enumerate(bins):
         cell[rows] = index
-    cell += len(bins) * label.astype(np.int64)
-    centre = np.tile([score[rows].mean() for rows in bins], 2)
-    kind = np.repeat([0.0, 1.0], len(bins))
+    cell += len(bins) * kind
+    met, cell = np.unique(cell, return_inverse=True)
+    centre = np.array([score[rows].mean() for rows in bins])[met % len(bins)]
+    cell_kind = met // len(bins)
 
     def counted(weights: np.ndarray | None) -> np.ndarray:
-        return np.bincount(cell, weights, minlength=len(centre)).astype(np.float64)
+        return np.bincount(cell, weights, minlength=len(met)).astype(np.float64)
 
-    model = fit(centre, kind, counted(None))
+    model = fit(centre, cell_kind, counted(None))
     draws = bootstrap.draw(patient_id[mask], replicates, seed)
     sampled = []
     for index in range(replicates):
         chunk, column = divmod(index, bootstrap.CHUNK)
         counts = counted(draws.counts[chunk][draws.patient, column])
-        if min(counts[kind == 0].sum(), counts[kind == 1].sum()) == 0:
+        positive = IS_PRESENT[cell_kind]
+        if min(counts[~positive].sum(), counts[positive].sum()) == 0:
             continue
-        found = fit(centre, kind, counts, start=model)
-        wrong = np.average(found.wrong(centre, kind), weights=counts)
-        lost = _aurocs(found, centre, kind, counts)
+        found = fit(centre, cell_kind, counts, start=model)
+        wrong = np.average(found.wrong(centre, cell_kind), weights=counts)
+        lost = _aurocs(found, centre, cell_kind, counts)
         sampled.append((wrong, found.missed, found.false, lost[0] - lost[1]))
     table = np.array(sampled).reshape(-1, 4)
     ends = [bootstrap.interval(table[:, column]) for column in range(4)]
-    posterior = np.full(len(labels), np.nan)
-    posterior[mask] = model.wrong(score, label)
-    inferred, against_labels = _aurocs(model, score, label, np.ones(len(label)))
+    posterior, chance = np.full((2, len(labels)), np.nan)
+    posterior[mask], chance[mask] = model.wrong(score, kind), model.present(score)
+    inferred, against_labels = _aurocs(model, score, kind, np.ones(len(label)))
     return NoiseEstimate(
         model=model,
         wrong=float(posterior[mask].mean()),
@@ -214,16 +277,15 @@ def estimate(
         auroc_lost=inferred - against_labels,
         auroc_lost_low=ends[3][0],
         posterior=posterior,
+        chance=chance,
     )
 
 
 def _aurocs(
-    model: NoiseModel, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray
+    model: NoiseModel, scores: np.ndarray, kind: np.ndarray, weights: np.ndarray
 ) -> tuple[float, float]:
     """Expected AUROC against the inferred truth, and AUROC against the labels."""
     _, rank = np.unique(scores, return_inverse=True)
-    wrong = model.wrong(scores, labels)
-    truth = np.where(labels == 1.0, 1 - wrong, wrong)
 
     def area(chance: np.ndarray) -> float:
         positive = np.bincount(rank, chance * weights)
@@ -231,4 +293,4 @@ def _aurocs(
         below = np.cumsum(negative) - negative / 2
         return float((positive * below).sum() / max(positive.sum() * negative.sum(), 1e-12))
 
-    return area(truth), area(labels)
+    return area(model.truth(scores, kind)), area(IS_PRESENT[kind].astype(np.float64))

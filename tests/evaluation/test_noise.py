@@ -58,10 +58,10 @@ def test_the_fit_follows_its_gradient():
     """The likelihood is climbed, not guessed: no neighbour of the optimum is better."""
     scores, labels = scores_and_labels(n=500)
     labels[:25] = 1 - labels[:25]
-    best = noise.fit(scores, labels)
+    best = noise.fit(scores, noise.kinds(labels))
 
     def likelihood(slope, offset, false, missed):
-        p = noise.NoiseModel(slope, offset, false, missed).present(scores)
+        p = 1 / (1 + np.exp(-(slope * scores + offset)))
         p = np.clip(false + (1 - false - missed) * p, 1e-9, 1 - 1e-9)
         value = np.log(np.where(labels == 1, p, 1 - p)).sum()
         return value + noise.PRIOR * np.log(1 - false - missed)
@@ -71,6 +71,40 @@ def test_the_fit_follows_its_gradient():
         assert likelihood(best.slope * factor, best.offset, best.false, best.missed) < here
         assert likelihood(best.slope, best.offset * factor, best.false, best.missed) < here
         assert likelihood(best.slope, best.offset, best.false * factor, best.missed) < here
+        assert likelihood(best.slope, best.offset, best.false, best.missed * factor) < here
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("drop", 0.1), ("flip", 0.3)])
+def test_a_report_tells_what_overlapping_scores_can_not(kind, rate):
+    """Reports mention half of the absent findings and are right; the scores overlap."""
+    rng = np.random.default_rng(1)
+    scores, truth = scores_and_labels(separation=2.5)
+    denied = np.where(rng.random(2000) < 0.5, noise.DENIED, noise.SILENT)
+    readings = np.where(truth == 1, noise.AFFIRMED, denied)
+    labels = truth.copy()
+    bad = planted.corrupt(truth, rate, kind)
+    labels[bad] = 1 - labels[bad]
+    share = {}
+    for name, read in (("image", None), ("both", readings)):
+        found = noise.estimate(scores, labels, np.arange(2000), readings=read, replicates=20)
+        worst = np.argsort(-found.posterior, kind="stable")[: len(bad)]
+        share[name] = np.isin(worst, bad).mean()
+    assert share["both"] > 0.9 > share["image"]
+    assert found.missed == pytest.approx(rate, abs=0.03)
+    assert found.wrong == pytest.approx(len(bad) / 2000, abs=0.02)
+
+
+def test_a_report_that_repeats_a_wrong_label_does_not_make_it_right():
+    """Where label and report were read from one mistake, the image still speaks against both."""
+    scores, truth = scores_and_labels()
+    labels = truth.copy()
+    bad = planted.corrupt(truth, 0.2, "flip")
+    labels[bad] = 1 - labels[bad]
+    readings = np.where(labels == 1, noise.AFFIRMED, noise.DENIED)
+    found = noise.estimate(scores, labels, np.arange(2000), readings=readings, replicates=10)
+    assert found.wrong == pytest.approx(0.2, abs=0.03)
+    worst = np.argsort(-found.posterior, kind="stable")[: len(bad)]
+    assert np.isin(worst, bad).mean() > 0.85
 
 
 def test_one_class_is_refused():
