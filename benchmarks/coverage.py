@@ -3,8 +3,9 @@
 python benchmarks/coverage.py
 
 Simulates data sets with a known AUROC and one to three volumes per patient that share the
-patient's label and half of the score's variance, and counts how often the interval of
-``metrics.evaluate`` holds it. Beside it: the same volumes drawn one by one, as if independent.
+patient's label and half of the score's variance, and counts how often the interval that
+``metrics.evaluate`` gives holds it. Beside it, always: percentiles of the bootstrap over patients,
+the same over volumes as if they were independent, and DeLong's normal interval.
 Writes benchmarks/results/coverage.json.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from scipy.stats import norm
 from tqdm import tqdm
 
-from ctclip.evaluation import bootstrap
+from ctclip.evaluation import bootstrap, metrics
 from ctclip.evaluation.delong import delong
 
 SETTINGS = {
@@ -25,7 +26,11 @@ SETTINGS = {
     "300 patients, AUROC 0.90, 20 % positive": (300, 0.90, 0.2),
     "1304 patients, AUROC 0.80, 10 % positive": (1304, 0.80, 0.1),
     "100 patients, AUROC 0.80, 30 % positive": (100, 0.80, 0.3),
+    "300 patients, AUROC 0.95, 10 % positive": (300, 0.95, 0.1),
+    "200 patients, AUROC 0.97, 10 % positive": (200, 0.97, 0.1),
     "100 patients, AUROC 0.95, 10 % positive": (100, 0.95, 0.1),
+    "100 patients, AUROC 0.80, 10 % positive": (100, 0.80, 0.1),
+    "100 patients, AUROC 0.95, 5 % positive": (100, 0.95, 0.05),
 }
 
 
@@ -50,7 +55,7 @@ def main() -> None:
     rows = []
     for name, (patients, area, prevalence) in SETTINGS.items():
         rng = np.random.default_rng(patients + int(100 * area))
-        hits = {"patients": 0, "volumes": 0, "DeLong, clustered": 0}
+        hits = {"reported": 0, "patients": 0, "volumes": 0, "DeLong, clustered": 0}
         widths, used = [], 0
         hidden = not sys.stderr.isatty()
         for seed in tqdm(range(args.datasets), desc=name, disable=hidden):
@@ -65,6 +70,8 @@ def main() -> None:
                 low, high = bootstrap.interval(spread)
                 hits[how] += low <= area <= high
                 if how == "patients":
+                    low, high = metrics.auroc_interval(labels[:, 0], score, patient, spread)
+                    hits["reported"] += low <= area <= high
                     widths.append(high - low)
             low, high = delong(label, scores.T, patient).interval()
             hits["DeLong, clustered"] += low <= area <= high

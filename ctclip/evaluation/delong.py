@@ -37,6 +37,43 @@ class DeLong:
         return delta, error, float(2 * norm.sf(abs(delta) / error))
 
 
+def logit_interval(
+    labels: np.ndarray, scores: np.ndarray, patient_id: np.ndarray, level: float = 0.95
+) -> tuple[float, float]:
+    """Interval of one AUROC that holds with few patients of a class, and near 1.
+
+    Normal on the logit scale, so that it stays within 0 and 1 and is longer towards 0.5. The
+    variance is DeLong's with patients as clusters, plus one patient's worth of Hanley and
+    McNeil's (1982): a handful of well ranked positives says little about its own spread, and
+    with perfect ranks DeLong's is zero.
+
+    Args:
+        labels: ``(N,)`` 1 or 0, nothing unknown.
+        scores: ``(N,)``.
+        patient_id: ``(N,)``.
+        level: Nominal coverage.
+
+    Returns:
+        nan where a class has fewer than two patients.
+    """
+    label = np.asarray(labels) == 1.0
+    sick, well = len(np.unique(patient_id[label])), len(np.unique(patient_id[~label]))
+    if min(sick, well) < 2:
+        return float("nan"), float("nan")
+    found = delong(label, scores[None], patient_id)
+    edge = 0.5 / (sick * well)
+    area = float(np.clip(found.auroc[0], edge, 1 - edge))
+    square = area**2
+    two_sick, two_well = area / (2 - area), 2 * square / (1 + area)
+    assumed = area - square + (sick - 1) * (two_sick - square) + (well - 1) * (two_well - square)
+    few = min(sick, well)
+    variance = (few * found.covariance[0, 0] + assumed / (sick * well)) / (few + 1)
+    half = norm.ppf(0.5 + level / 2) * np.sqrt(variance) / (area * (1 - area))
+    centre = np.log(area / (1 - area))
+    low, high = (float(1 / (1 + np.exp(-(centre + side)))) for side in (-half, half))
+    return low, high
+
+
 def delong(labels: np.ndarray, scores: np.ndarray, patient_id: np.ndarray | None = None) -> DeLong:
     """Estimate AUROCs and their covariance.
 

@@ -13,10 +13,14 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from ctclip.evaluation import bootstrap
+from ctclip.evaluation.delong import logit_interval
 from ctclip.evaluation.scores import ScoreTable
 
 FEW_PATIENTS = 20
-"""Below this many positive or negative patients, an interval is a guess and is called one."""
+"""Below this many positive or negative patients, a finding's result is called rough."""
+
+RESAMPLED_PATIENTS = 50
+"""Patients that either class needs for percentiles of a bootstrap to hold what they promise."""
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -36,6 +40,29 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
         return float("nan")
     ranks = rankdata(score)[label].sum()
     return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def auroc_interval(
+    labels: np.ndarray, scores: np.ndarray, patient_id: np.ndarray, replicates: np.ndarray
+) -> tuple[float, float]:
+    """95 % interval of one AUROC: percentiles of the bootstrap, or with few patients the logit.
+
+    Resampling a dozen patients can't show how another dozen would rank, and its percentiles are
+    too narrow; benchmarks/coverage.py has the figures.
+
+    Args:
+        labels: ``(N,)`` 1, 0 or nan (left out).
+        scores: ``(N,)``; nan is left out.
+        patient_id: ``(N,)``.
+        replicates: ``(R,)`` AUROC in each bootstrap replicate; none, no interval.
+    """
+    mask = ~np.isnan(labels) & ~np.isnan(scores)
+    label, score = known(labels, scores)
+    patient = patient_id[mask]
+    few = min(len(np.unique(patient[side])) for side in (label, ~label))
+    if len(replicates) and 2 <= few < RESAMPLED_PATIENTS:
+        return logit_interval(label, score, patient)
+    return bootstrap.interval(replicates)
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -170,7 +197,7 @@ def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Eva
         positives, negatives = int(label.sum()), int((~label).sum())
         sick = len(np.unique(table.patient_id[mask][label]))
         well = len(np.unique(table.patient_id[mask][~label]))
-        low, high = bootstrap.interval(areas[:, k])
+        low, high = auroc_interval(labels, scores, table.patient_id, areas[:, k])
         precision_low, precision_high = bootstrap.interval(precisions[:, k])
         results.append(
             FindingResult(
