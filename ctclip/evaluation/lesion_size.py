@@ -51,7 +51,8 @@ class LesionSizeConfig:
     repeats: int = 4
     """Places per scan, diameter and kind; the same places for every diameter."""
 
-    prompts: str = "default"
+    prompts: str | None = None
+    """As in the zero-shot command."""
     replicates: int = 2000
     seed: int = 0
     device: str = "cpu"
@@ -110,7 +111,7 @@ def scorer_of(checkpoint: "Checkpoint", config: LesionSizeConfig) -> Scorer:
     """The model's zero-shot score of a lung nodule: cosine to "present" minus to "absent"."""
     from ctclip.embeddings.encode import embed_voxels
 
-    prompt_set = prompts.load(config.prompts)
+    prompt_set = prompts.of(checkpoint, config.prompts)
     pair = prompts.encode(checkpoint.model, checkpoint.tokenizer, prompt_set, (FINDING,))
 
     def score(hu: np.ndarray) -> float:

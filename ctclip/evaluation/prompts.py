@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]
 BATCH = 64
+DEFAULT = "default"
+"""The set of checkpoints that ask for no other."""
 
 
 class PromptError(ValueError):
@@ -91,6 +93,15 @@ def load(source: str | Path, findings: Sequence[str] = FINDINGS) -> PromptSet:
     except yaml.YAMLError as error:
         raise PromptError(f"{source}: not readable YAML: {error}") from None
     return _build(data, findings, str(source))
+
+
+def of(checkpoint: "Checkpoint", source: str | Path | None = None) -> PromptSet:
+    """The named set, else the one that the checkpoint's model was trained to tell apart.
+
+    That is CT-CLIP's pair for a checkpoint of CT-CLIP's kind, and ``default`` for any other.
+    """
+    is_ct_clip = checkpoint.provenance.get("kind") == "ct-clip"
+    return load(source or ("ct-clip" if is_ct_clip else DEFAULT))
 
 
 def _build(data: Any, findings: Sequence[str], source: str) -> PromptSet:

@@ -20,8 +20,9 @@ ScoreKind = Literal["softmax", "cosine-difference"]
 class ZeroShotConfig:
     """How volumes are scored. Written into the header of the score table."""
 
-    prompts: str = "default"
-    """Name of a prompt set that ships with ctclip, or path of a YAML file."""
+    prompts: str | None = None
+    """Name of a prompt set that ships with ctclip, or path of a YAML file; by default ``ct-clip``
+    for CT-CLIP's own checkpoints, else ``default``."""
 
     score: ScoreKind = "softmax"
     """Probability of "present" against "absent", or the difference of the two cosines."""
@@ -141,7 +142,7 @@ def score_embeddings(
             "model": model_name,
         }
     )
-    prompt_set = prompts.load(config.prompts)
+    prompt_set = prompts.of(checkpoint, config.prompts)
     prompt_vectors = prompts.encode_prompts(checkpoint, prompt_set)
     scale = scale_of(checkpoint)
     vectors = table.vectors

@@ -113,7 +113,8 @@ def run(
         for k, finding in enumerate(FINDINGS):
             curve[finding].append(metrics.auroc(tables[0].labels[:, k], tables[0].scores[:, k]))
     audited = label_audit.audit(embedded[0], None, config.audit)
-    prompt_vectors = prompts.encode_prompts(checkpoint, prompts.load(config.zero_shot.prompts))
+    prompt_set = prompts.of(checkpoint, config.zero_shot.prompts)
+    prompt_vectors = prompts.encode_prompts(checkpoint, prompt_set)
     found = assess(
         tables,
         audited,
@@ -128,7 +129,6 @@ def run(
         "prompts": str(tables[0].header["prompts"]),
         "prompt direction spread": f"{prompts.direction_spread(prompt_vectors):.2f}",
     }
-    prompt_set = prompts.load(config.zero_shot.prompts)
     spread = sensitivity.measure(embedded[0], checkpoint.model, checkpoint.tokenizer, prompt_set)
     sensitivity.frame(spread).to_csv(folder / "prompts.csv", index=False)
     wording = Section(

@@ -42,7 +42,7 @@ def score_volume(
     if config.patches or config.window or config.space != "raw":
         raise ValueError("patches, window and space need a prepared cohort: --cohort")
     vector, _ = embed_file(checkpoint, path, device=config.device)
-    prompt_vectors = prompts.encode_prompts(checkpoint, prompts.load(config.prompts))
+    prompt_vectors = prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts))
     scale = scale_of(checkpoint)
     row = scores(vector[None], prompt_vectors, scale, config.score)[0]
     return dict(zip(FINDINGS, row.tolist(), strict=True))
@@ -92,7 +92,7 @@ def run(
             "volume": str(volume),
             "model": name,
             "checkpoint": checkpoint.sha256,
-            "prompts": prompts.load(config.prompts).label,
+            "prompts": prompts.of(checkpoint, config.prompts).label,
             "scores": found,
         }
         (folder / "scores.json").write_text(json.dumps(payload, indent=1), encoding="utf-8")
@@ -124,7 +124,7 @@ def run(
             checkpoint,
             prepared,
             prepared.split(chosen),
-            prompts.encode_prompts(checkpoint, prompts.load(config.prompts)),
+            prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts)),
             patches=config.patches,
             window=config.window,
             device=config.device,
@@ -210,7 +210,7 @@ def evaluator(
     records = cohort.split(split)
     if limit is not None and len(records) > limit:
         records = [records[i] for i in np.linspace(0, len(records) - 1, limit).astype(int)]
-    prompt_set = prompts.load(config.prompts)
+    prompt_set = prompts.load(config.prompts or prompts.DEFAULT)
     windows = tuple(windows_hu or cohort.volume_config.windows_hu)
     labels = np.array([[record.labels.get(f, np.nan) for f in FINDINGS] for record in records])
 
