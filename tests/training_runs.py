@@ -56,7 +56,9 @@ class Run:
     def __init__(self, cohort: Path, out: Path, world_size: int, changes: dict[str, Any]) -> None:
         self.out = out
         settings = merged(TINY, {**changes, "cohort": str(cohort), "out": str(out)})
-        port = _free_port()
+        if "start_from" in changes:
+            settings["model"] = changes.get("model", {})
+        port = free_port()
         out.mkdir(parents=True, exist_ok=True)
         self.processes = [
             Child(_child, rank, world_size, port, settings, out) for rank in range(world_size)
@@ -171,7 +173,7 @@ def _stub_evaluator(model: Any, tokenizer: Any) -> dict[str, float]:
     return {"zero_shot/macro": [0.5, 0.7, 0.6, 0.55, 0.5, 0.5][_stub_evaluator.calls - 1]}  # type: ignore[attr-defined]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

@@ -89,5 +89,6 @@ def accumulate(
             gradient = leaves[name].grad
             if gradient is not None and feature.requires_grad:
                 surrogate = surrogate + (feature.float() * gradient[rows]).sum()
-        engine.backward(surrogate)
+        if surrogate.requires_grad:  # not where this micro-batch meets frozen towers only
+            engine.backward(surrogate)
     return Accumulated(loss.detach(), scalars, features, usable)

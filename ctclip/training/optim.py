@@ -21,7 +21,10 @@ class OptimConfig:
     """How weights move."""
 
     lr: float = 5e-4
-    """Peak learning rate of the volume tower and the projections."""
+    """Peak learning rate, which the next two scale for each tower."""
+
+    volume_lr_scale: float = 1.0
+    """Learning rate of the volume tower relative to ``lr``; 0 freezes it."""
 
     text_lr_scale: float = 0.1
     """Learning rate of the text tower relative to ``lr``. Text is conditioned before the volumes
@@ -49,8 +52,11 @@ class OptimConfig:
     """Also average the weights over steps, and evaluate and save the average; None doesn't."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.text_lr_scale < 0:
-            raise ValueError(f"lr must be positive, got {self.lr}, scale {self.text_lr_scale}")
+        if self.lr <= 0 or min(self.volume_lr_scale, self.text_lr_scale) < 0:
+            raise ValueError(
+                f"lr must be positive and its scales not negative, got {self.lr}, "
+                f"{self.volume_lr_scale} and {self.text_lr_scale}"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
 
@@ -135,7 +141,7 @@ def param_groups(model: "CTCLIP", config: OptimConfig) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         tower = name.split(".")[0] if name.startswith(("visual.", "text.")) else ""
-        scale = config.text_lr_scale if tower == "text" else 1.0
+        scale = {"visual": config.volume_lr_scale, "text": config.text_lr_scale}.get(tower, 1.0)
         if tower and config.layer_decay < 1.0:
             scale *= config.layer_decay ** (depth[tower] - _layer_of(name, depth[tower]))
         decays = parameter.ndim >= 2 and name not in never_decays

@@ -31,7 +31,7 @@ from ctclip.data.dataset import Batch, CohortDataset
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.volume import VolumeConfig
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
-from ctclip.models.text import Tokenizer, build_tokenizer, freeze
+from ctclip.models.text import TextConfig, Tokenizer, build_tokenizer, freeze, set_trainable
 from ctclip.training import flops, health, optim, reshard, resume
 from ctclip.training.batches import StepBuilder
 from ctclip.training.grad_cache import Features, accumulate
@@ -106,6 +106,10 @@ class PretrainConfig:
     windows_hu: tuple[tuple[float, float], ...] | None = None
     """HU windows, one input channel each; None takes the cohort's."""
 
+    start_from: str | None = None
+    """A checkpoint to fine-tune, CT-CLIP's ``.pt`` files included. Its towers and
+    tokenizer are taken; of ``model``, only how much of the text tower learns."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig | None = None
     text: TextViewConfig = field(default_factory=TextViewConfig)
@@ -120,6 +124,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (a negative), got {self.batch_size}")
+        if self.start_from is not None and _without_text_training(self.model) != ModelConfig():
+            raise ValueError(
+                "start_from takes the model from its checkpoint; of model, set nothing but "
+                "model.text.train, train_layers and lora_rank"
+            )
 
 
 def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
@@ -226,7 +235,10 @@ class _Job:
     out: Path
     cohort: PreparedCohort
     model: CTCLIP
+    model_config: ModelConfig
     tokenizer: Tokenizer
+    origin: dict[str, Any]
+    """What was fine-tuned, for the model file's provenance."""
     engine: Any
     builder: StepBuilder
     objective: Objective
@@ -247,8 +259,8 @@ class _Job:
         bank = SentenceBank(studies)
 
         torch.manual_seed(config.seed)
-        tokenizer = build_tokenizer(config.model.text)
-        model = build_model(_model_config(config, cohort)).to(device)
+        model, model_config, tokenizer, origin = _model(config, cohort)
+        model.to(device)
         checkpoint = resume.newest_intact(out / "checkpoints")
         warmup = {}
         if checkpoint is None:
@@ -265,6 +277,8 @@ class _Job:
             )
         if config.optim.text_lr_scale == 0.0:
             freeze(model.text)
+        if config.optim.volume_lr_scale == 0.0:
+            freeze(model.visual)
         if config.engine.activation_checkpointing:
             model.set_grad_checkpointing()
         if config.engine.compile:
@@ -286,7 +300,9 @@ class _Job:
             out=out,
             cohort=cohort,
             model=model,
+            model_config=model_config,
             tokenizer=tokenizer,
+            origin=origin,
             engine=engine,
             builder=StepBuilder(
                 tokenizer,
@@ -391,13 +407,15 @@ class _Job:
                 path,
                 self.model,
                 self.tokenizer,
-                _model_config(self.config, self.cohort),
+                self.model_config,
                 _volume_config(self.config, self.cohort),
                 {
+                    **self.origin,
                     "step": self.progress.step,
                     "git_commit": _git_commit(),
                     "cohort": self.cohort.fingerprint,
-                    "label_informed": self.config.loss.label_informed,
+                    "label_informed": self.config.loss.label_informed
+                    or self.origin.get("label_informed", False),
                     "config": configuration.to_dict(self.config),
                     "text_warmup": self.warmup,
                 },
@@ -503,6 +521,45 @@ def _with_reports(records: list[VolumeRecord], config: PretrainConfig) -> list[V
             f"{config.batch_size}; lower batch_size or prepare more"
         )
     return usable
+
+
+def _without_text_training(model: ModelConfig) -> ModelConfig:
+    plain = TextConfig()
+    text = dataclasses.replace(
+        model.text,
+        train=plain.train,
+        train_layers=plain.train_layers,
+        lora_rank=plain.lora_rank,
+    )
+    return dataclasses.replace(model, text=text)
+
+
+def _model(
+    config: PretrainConfig, cohort: PreparedCohort
+) -> tuple[CTCLIP, ModelConfig, Tokenizer, dict[str, Any]]:
+    """The model to train, new or from a checkpoint, and what belongs to it."""
+    if config.start_from is None:
+        model_config = _model_config(config, cohort)
+        return build_model(model_config), model_config, build_tokenizer(model_config.text), {}
+    start = model_file.load(config.start_from)
+    start.require_volumes(cohort.volume_config, config.cohort)
+    windows = _volume_config(config, cohort).windows_hu
+    if windows != start.volume_config.windows_hu:
+        raise ValueError(
+            f"{config.start_from} sees the HU windows {start.volume_config.windows_hu}, this run "
+            f"has {windows}; set windows_hu to the former"
+        )
+    mine, theirs = config.model.text, start.model_config.text
+    text = dataclasses.replace(
+        theirs, train=mine.train, train_layers=mine.train_layers, lora_rank=mine.lora_rank
+    )
+    set_trainable(start.model.text, text)
+    origin = {
+        "started_from": {"sha256": start.sha256, **start.provenance},
+        "label_informed": start.provenance.get("label_informed", False),
+    }
+    model_config = dataclasses.replace(start.model_config, text=text)
+    return start.model, model_config, start.tokenizer, origin
 
 
 def _volume_config(config: PretrainConfig, cohort: PreparedCohort) -> VolumeConfig:
