@@ -90,7 +90,7 @@ class Attention(nn.Module):
         q = F.normalize(q, dim=-1) * self.q_scale
         k = F.normalize(k, dim=-1) * self.k_scale
         if bias is not None:
-            bias = bias.to(q.dtype)
+            bias = bias.to(q.dtype)[None]  # four axes: the fused kernel takes no mask of three
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=LOGIT_SCALE)
         return self.proj(rearrange(x, "b g n c -> b n (g c)"))
 
