@@ -110,3 +110,27 @@ def test_what_does_not_fit_is_refused(tmp_path):
         inflate(deep(), {"conv1.weight": torch.zeros(1)})
     with pytest.raises(FileNotFoundError, match="to inflate"):
         inflate_from(deep(), str(tmp_path / "nothing.safetensors"))
+
+
+def test_a_timm_name_brings_its_own_normalisation(monkeypatch):
+    """Weights would come from a network; the name's architecture and input statistics are real."""
+    create, made = timm.create_model, {}
+
+    def offline(name, pretrained):
+        assert pretrained
+        torch.manual_seed(0)
+        return made.setdefault(name, create(name, pretrained=False).eval())
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    tower = deep(width=192, depth=12, heads=3, patch=(2, 16, 16), position_grid=(1, 14, 14))
+
+    inflate_from(tower, "deit_tiny_patch16_224.fb_in1k")
+
+    vit = made["deit_tiny_patch16_224.fb_in1k"]
+    grey = torch.rand(1, 224, 224) * 2 - 1
+    known = vit.pretrained_cfg
+    with torch.no_grad():
+        tokens, _ = tower.tokens(grey[:, None, None].expand(-1, 1, 2, -1, -1))
+        expected = vit.forward_features(normalised(grey, known["mean"], known["std"]))
+    assert tuple(known["mean"]) != (0.5, 0.5, 0.5)
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
