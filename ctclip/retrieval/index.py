@@ -65,6 +65,11 @@ ROUNDING = 4e-6
 HNSW_BUILD = {"M": 32, "efConstruction": 256}
 HNSW_EF = 256
 
+ONE_LIST = {"nlist": 1}
+ALL_LISTS = 65_536
+"""Milvus Lite's own FLAT copies all vectors for every query. An inverted file of one list looks at
+every vector too, in FAISS and without the copy: 4 instead of 40 ms of CPU at 50,000 x 512."""
+
 
 class MilvusArchive:
     """A searchable archive in Milvus; make one with :meth:`build`, or open it by URI.
@@ -85,8 +90,8 @@ class MilvusArchive:
         if not self._client.has_collection(name):
             self.close()
             raise EmbeddingError(
-                f"{uri} holds no archive {name!r}; run: ctclip-index build --table "
-                f"volumes.parquet --uri {uri}"
+                f"{uri} holds no archive {name!r}; run: ctclip-index --action build uri={uri} "
+                "table=volumes.parquet"
             )
         self._client.load_collection(name)
         self._read_header()
@@ -184,7 +189,8 @@ class MilvusArchive:
         self, query: Query, k: int, per_patient: int, expression: str, limit: int
     ) -> tuple[list[Hit], bool]:
         """Collapse the best ``limit`` rows; False where more rows could still change the answer."""
-        parameters = {} if self.index == "FLAT" else {"ef": max(HNSW_EF, 2 * limit)}
+        is_exact = self.index == "FLAT"
+        parameters = {"nprobe": ALL_LISTS} if is_exact else {"ef": max(HNSW_EF, 2 * limit)}
         found = self._client.search(
             self.name,
             data=[query.vector.tolist()],
@@ -236,14 +242,14 @@ class MilvusArchive:
         table = self._table(rows)
         return table.select(np.argsort(np.array(table.volume_id)))
 
-    def studies(self, containing: str = "", limit: int = 50) -> list[str]:
-        """Studies of the archive whose identifier contains a text, in order, at most ``limit``."""
-        escaped = containing.replace("%", "\\%").replace("_", "\\_")
-        expression = f"study_id like {quoted(f'%{escaped}%')}" if containing else ""
+    def studies(self, beginning: str = "", limit: int = 50) -> list[str]:
+        """Studies of the archive whose identifier begins with a text, in order."""
+        # the store's wildcards only narrow it down; older servers know none but a last %
+        expression = f"study_id like {quoted(beginning.split('%')[0] + '%')}" if beginning else ""
         rows = self._client.query(
             self.name, filter=expression, output_fields=["study_id"], limit=MAX_LIMIT
         )
-        return sorted({row["study_id"] for row in rows if containing in row["study_id"]})[:limit]
+        return sorted({r["study_id"] for r in rows if r["study_id"].startswith(beginning)})[:limit]
 
     def values(self) -> dict[str, list[str]]:
         """The fields that a filter may read, with their values when the archive was built."""
@@ -388,6 +394,8 @@ def _connect(uri: str, token: str) -> Any:
         ) from None
     logging.getLogger("pymilvus").setLevel(logging.ERROR)
     if _is_file(uri):
+        # Milvus Lite complains of each optional call that it doesn't know, with a traceback
+        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
     try:
         return MilvusClient(uri=uri, token=token)
@@ -443,12 +451,9 @@ def _create_collection(client: Any, collection: str, header: dict[str, Any]) -> 
         )
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=header["width"])
     parameters = client.prepare_index_params()
-    parameters.add_index(
-        "vector",
-        index_type=header["index"],
-        metric_type="IP",
-        params=HNSW_BUILD if header["index"] == "HNSW" else {},
-    )
+    kind, settings = ("HNSW", HNSW_BUILD) if header["index"] == "HNSW" else ("IVF_FLAT", ONE_LIST)
+    # nested, because Milvus Lite reads no other form and ignores settings that it can't find
+    parameters.add_index("vector", index_type=kind, metric_type="IP", params={"params": settings})
     client.create_collection(
         collection,
         schema=schema,

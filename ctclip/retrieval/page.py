@@ -193,8 +193,8 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
     @app.post("/api/studies")
     async def studies(request: Request) -> list[str]:
         asked = await _json(request)
-        containing = str(asked.get("containing", ""))[:200]
-        return await asyncio.to_thread(service.studies, containing)
+        beginning = str(asked.get("beginning", ""))[:200]
+        return await asyncio.to_thread(service.studies, beginning)
 
     @app.post("/api/scans")
     async def upload(request: Request) -> dict[str, str]:

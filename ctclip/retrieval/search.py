@@ -80,8 +80,8 @@ class Archive(Protocol):
         """Bring a model's output into the archive's space."""
         ...
 
-    def studies(self, containing: str = "", limit: int = 50) -> list[str]:
-        """Studies whose identifier contains a text, in order."""
+    def studies(self, beginning: str = "", limit: int = 50) -> list[str]:
+        """Studies whose identifier begins with a text, in order."""
         ...
 
     def values(self) -> dict[str, list[str]]:
@@ -151,9 +151,9 @@ class MemoryArchive:
         """
         return project(vector, provenance, kind, self.table.provenance, self.table.transform)
 
-    def studies(self, containing: str = "", limit: int = 50) -> list[str]:
-        """Studies whose identifier contains a text, in order, at most ``limit``."""
-        return sorted({study for study in self.table.study_id if containing in study})[:limit]
+    def studies(self, beginning: str = "", limit: int = 50) -> list[str]:
+        """Studies whose identifier begins with a text, in order."""
+        return sorted({s for s in self.table.study_id if s.startswith(beginning)})[:limit]
 
     def values(self) -> dict[str, list[str]]:
         """The fields that a filter may read, with their values where they are few."""

@@ -185,9 +185,9 @@ class CaseService:
         """Number of volumes in the archive."""
         return len(self.archive)
 
-    def studies(self, containing: str) -> list[str]:
+    def studies(self, beginning: str) -> list[str]:
         """Studies of the archive to choose from."""
-        return self.archive.studies(containing)
+        return self.archive.studies(beginning)
 
     def analyse(self, hu: np.ndarray) -> str:
         """Embed and score a preprocessed scan and remember it.

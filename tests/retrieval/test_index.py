@@ -1,11 +1,23 @@
+"""The index against brute force: always in a file, and on a server where one is named.
+
+pip install milvus==2.3.5 && milvus-server      # or any other Milvus
+CTCLIP_MILVUS_URI=http://127.0.0.1:19530 python -m pytest tests/retrieval/test_index.py
+"""
+
+import io
+import os
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from embedding_tables import random_table
 
 pytest.importorskip("pymilvus", reason="ctclip[retrieval] is not installed")
+
+from pymilvus import MilvusClient
 
 from ctclip.embeddings import EmbeddingError, EmbeddingTable
 from ctclip.embeddings.transform import fit
@@ -37,11 +49,38 @@ def archive_table(num_rows=NUM_ROWS):
     return replace(table, scores=scores, study_id=studies)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+@contextmanager
+def new_place(kind, folder):
+    """Where an archive may be built: a URI and a name; on a server nothing is left behind."""
+    if kind == "file":
+        yield {"uri": folder / "archive.db"}
+        return
+    uri = os.environ.get("CTCLIP_MILVUS_URI")
+    if not uri:
+        pytest.skip("CTCLIP_MILVUS_URI is not set: no Milvus server to test against")
+    name = f"test_{time.time_ns()}"
+    yield {"uri": uri, "name": name}
+    client = MilvusClient(uri)
+    client.drop_alias(name)
+    for collection in client.list_collections():
+        if collection.startswith(name):
+            client.drop_collection(collection)
+    client.close()
+
+
+@pytest.fixture(params=["file", "server"])
+def place(request, tmp_path):
+    with new_place(request.param, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=["file", "server"])
+def pair(request, tmp_path_factory):
     table = archive_table()
-    path = tmp_path_factory.mktemp("index") / "archive.db"
-    with MilvusArchive.build(path, table) as archive:
+    with (
+        new_place(request.param, tmp_path_factory.mktemp("index")) as place,
+        MilvusArchive.build(**place, table=table) as archive,
+    ):
         yield archive, MemoryArchive(table)
 
 
@@ -101,32 +140,33 @@ def test_a_study_of_the_archive_is_looked_up_like_in_memory(pair):
         archive.rows(study_id="zz")
 
 
-def test_studies_are_found_by_part_of_their_name(pair):
+def test_studies_are_found_by_the_beginning_of_their_name(pair):
     archive, _ = pair
 
     assert archive.studies("p12_") == ["p12_a", "p12_b"]
+    assert archive.studies("2_") == []
     assert len(archive.studies("", limit=7)) == 7
     assert archive.studies('"; drop') == []
 
 
-def test_a_thousand_equal_vectors_are_still_collapsed_exactly(tmp_path):
+def test_a_thousand_equal_vectors_are_still_collapsed_exactly(place):
     table = archive_table(800)
     table.vectors[:700] = table.vectors[0]
     query = Query(vector=table.vectors[0])
 
-    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+    with MilvusArchive.build(**place, table=table) as archive:
         found = archive.search(query, k=20)
 
     assert outcome(found) == outcome(MemoryArchive(table).search(query, k=20))
 
 
-def test_an_approximate_index_is_bypassed_where_a_filter_leaves_few(tmp_path):
+def test_an_approximate_index_is_bypassed_where_a_filter_leaves_few(place):
     table = archive_table(2000)
     table.labels[:, 0] = (np.arange(2000) % 100 == 0).astype(np.float32)
     oracle = MemoryArchive(table)
     rng = np.random.default_rng(2)
     where = Filter(present=(FINDINGS[0],))
-    with MilvusArchive.build(tmp_path / "a.db", table, index="HNSW") as archive:
+    with MilvusArchive.build(**place, table=table, index="HNSW") as archive:
         recalls = []
         for _ in range(30):
             query = Query(vector=unit(rng.normal(size=24)))
@@ -138,10 +178,10 @@ def test_an_approximate_index_is_bypassed_where_a_filter_leaves_few(tmp_path):
     assert np.mean(recalls) >= 0.99
 
 
-def test_inserting_twice_doubles_nothing_and_updates_what_changed(tmp_path):
+def test_inserting_twice_doubles_nothing_and_updates_what_changed(place):
     table = archive_table(40)
     changed = replace(table, fields={**table.fields, "sex": ["F"] * 40})
-    with MilvusArchive.build(tmp_path / "a.db", table.select(range(30))) as archive:
+    with MilvusArchive.build(**place, table=table.select(range(30))) as archive:
         archive.insert(table)
         archive.insert(changed)
 
@@ -149,9 +189,9 @@ def test_inserting_twice_doubles_nothing_and_updates_what_changed(tmp_path):
         assert set(archive.rows(study_id="p0_a").fields["sex"]) == {"F"}
 
 
-def test_tables_of_another_model_or_other_fields_are_refused(tmp_path):
+def test_tables_of_another_model_or_other_fields_are_refused(place):
     table = archive_table(20)
-    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+    with MilvusArchive.build(**place, table=table) as archive:
         with pytest.raises(EmbeddingError, match="don't belong together"):
             archive.insert(replace(table, provenance={**table.provenance, "checkpoint": "b"}))
         with pytest.raises(EmbeddingError, match="carries the fields"):
@@ -160,10 +200,20 @@ def test_tables_of_another_model_or_other_fields_are_refused(tmp_path):
             archive.project(table.vectors[0], {"checkpoint": "b"})
 
 
+def contents(path):
+    """A file's bytes; of a Parquet file, whose columns are compressed, also the plain ones."""
+    data = path.read_bytes()
+    if not data.startswith(b"PAR1"):
+        return data
+    plain = io.BytesIO()
+    pq.write_table(pq.read_table(path), plain, compression="none", use_dictionary=False)
+    return data + plain.getvalue()
+
+
 def traces(folder, needles):
     """Which of some byte strings occur in any file of a folder."""
-    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    return [needle for needle in needles if any(needle in content for content in contents)]
+    files = [contents(path) for path in folder.rglob("*") if path.is_file()]
+    return [needle for needle in needles if any(needle in file for file in files)]
 
 
 def test_a_withdrawn_patient_leaves_nothing_behind(tmp_path):
@@ -172,19 +222,27 @@ def test_a_withdrawn_patient_leaves_nothing_behind(tmp_path):
     vectors = [table.vectors[row].tobytes() for row in rows]
     texts = [f"text {row}".encode() for row in rows]
     needles = [*vectors, *texts, b"p42_a", b"p42_b"]
-    uri = tmp_path / "a.db"
-    with MilvusArchive.build(uri, table) as archive:
-        assert set(vectors) <= set(traces(tmp_path, vectors)), "the test can't see vectors"
+    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+        assert traces(tmp_path, needles) == needles, "the test can't see what it looks for"
 
-        assert archive.withdraw(["p42"]) == 4
+        archive.withdraw(["p42"])
+
+    assert traces(tmp_path, needles) == []
+
+
+def test_a_withdrawn_patient_is_not_found_again(place):
+    table = archive_table(400)
+    row = table.patient_id.index("p42")
+    with MilvusArchive.build(**place, table=table) as archive:
+        assert archive.withdraw(["p42", "nobody"]) == 4
 
         assert len(archive) == 396
-        hits = archive.search(Query(vector=table.vectors[rows[0]]), k=396, per_patient=4)
+        hits = archive.search(Query(vector=table.vectors[row]), k=396, per_patient=4)
         assert "p42" not in {hit.patient_id for hit in hits}
         assert len(hits) == 198
+        assert archive.studies("p42_") == []
         with pytest.raises(EmbeddingError, match="no case"):
             archive.rows(study_id="p42_a")
-    assert traces(tmp_path, needles) == []
 
 
 def test_an_interrupted_withdrawal_is_finished_on_opening(tmp_path, monkeypatch):
@@ -202,11 +260,11 @@ def test_an_interrupted_withdrawal_is_finished_on_opening(tmp_path, monkeypatch)
         assert len(archive) == 76
 
 
-def test_a_backup_restores_the_same_archive(tmp_path):
+def test_a_backup_restores_the_same_archive(place, tmp_path):
     table = archive_table(60)
     table = table.transformed(fit(table.vectors, whiten=True))
     query = Query(vector=table.vectors[5])
-    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+    with MilvusArchive.build(**place, table=table) as archive:
         assert archive.backup(tmp_path / "backup.parquet") == 60
         before = archive.search(query, k=20)
 
@@ -216,24 +274,24 @@ def test_a_backup_restores_the_same_archive(tmp_path):
         assert restored.transform.name == table.transform.name
 
 
-def test_a_rebuild_replaces_the_archive_and_leaves_one_collection(tmp_path):
-    uri = tmp_path / "a.db"
-    MilvusArchive.build(uri, archive_table(40)).close()
+def test_a_rebuild_replaces_the_archive_and_leaves_one_collection(place):
+    MilvusArchive.build(**place, table=archive_table(40)).close()
     time.sleep(0.01)
-    with MilvusArchive.build(uri, archive_table(20)) as archive:
+    with MilvusArchive.build(**place, table=archive_table(20)) as archive:
         assert len(archive) == 20
-        assert len(archive._client.list_collections()) == 1
+        collections = archive._client.list_collections()
+        assert len([name for name in collections if name.startswith(archive.name)]) == 1
 
 
 def test_a_missing_archive_says_how_to_make_one(tmp_path):
-    with pytest.raises(EmbeddingError, match="ctclip-index build"):
+    with pytest.raises(EmbeddingError, match="ctclip-index --action build"):
         MilvusArchive(tmp_path / "none.db")
 
 
-def test_a_whitened_archive_takes_raw_vectors_of_its_model(tmp_path):
+def test_a_whitened_archive_takes_raw_vectors_of_its_model(place):
     raw = archive_table(60)
     table = raw.transformed(fit(raw.vectors))
-    with MilvusArchive.build(tmp_path / "a.db", table) as archive:
+    with MilvusArchive.build(**place, table=table) as archive:
         vector = archive.project(raw.vectors[7], raw.provenance)
         hit = archive.search(Query(vector=vector), k=1)[0]
 

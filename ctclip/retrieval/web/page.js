@@ -395,7 +395,7 @@ function listen() {
 }
 
 async function suggest() {
-  const found = await request("/api/studies", { containing: $("study").value });
+  const found = await request("/api/studies", { beginning: $("study").value });
   $("studies").replaceChildren(...found.map((value) => make("option", { value })));
 }
 
