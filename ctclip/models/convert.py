@@ -7,7 +7,7 @@ accounts for every key, and never runs code from a file.
 import pickle
 import re
 import zipfile
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -313,12 +313,20 @@ def _read_config(
 
 def report(conversion: Conversion) -> RenderableType:
     """The account of a conversion's keys, for a terminal."""
-    reasons = Counter(conversion.ignored.values())
-    table = Table("keys", "what became of them", title=f"{conversion.kind} checkpoint")
-    table.add_row(str(len(conversion.matched)), "matched: each has its place in the model")
-    for reason, count in reasons.most_common():
-        table.add_row(str(count), f"ignored: {reason}")
+    table = Table("keys", "what became of them", "which", title=f"{conversion.kind} checkpoint")
+
+    def add(keys: Sequence[str], fate: str) -> None:
+        shown = ", ".join(keys[:2]) + (", ..." if len(keys) > 2 else "")
+        table.add_row(str(len(keys)), fate, shown)
+
+    add(list(conversion.matched), "matched: each has its place in the model")
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in conversion.ignored.items():
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        add(keys, f"ignored: {reason}")
     if conversion.head is not None:
-        table.add_row("2", f"the classifier of {len(conversion.head.findings)} findings")
-    table.add_row("0", "missing")
+        findings = len(conversion.head.findings)
+        add(["classifier.weight", "classifier.bias"], f"the classifier of {findings} findings")
+    add([], "missing")
     return table

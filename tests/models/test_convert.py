@@ -8,6 +8,7 @@ import torch
 from models_ct_clip import as_original, little_ct_clip
 from safetensors.torch import load_file
 
+from ctclip import checkpoint, cli
 from ctclip.models import convert
 from ctclip.models.convert import ConversionError
 from ctclip.models.ctvit import CTViT
@@ -197,13 +198,33 @@ def test_every_key_is_accounted_for(twin):
     assert all(converted.ignored.values()), "each ignored key has a reason"
 
 
-def test_the_account_can_be_printed(twin):
-    from rich.console import Console
+def test_the_command_converts_and_prints_what_became_of_every_key(
+    twin, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    state = as_original(twin)
+    torch.save(state, tmp_path / "CT_VocabFine_v2.pt")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nnodule")
+    out = tmp_path / "out.safetensors"
 
-    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(convert.report(convert.convert(as_original(twin))))
+    cli.convert(["--from", "ct-clip", str(tmp_path / "CT_VocabFine_v2.pt"), "--out", str(out)])
 
-    assert "matched: each has its place" in console.export_text()
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    ]
+    fates = {row[1]: (int(row[0]), row[2]) for row in rows}
+    assert sum(count for count, _ in fates.values()) == len(state)
+    assert fates["missing"] == (0, "")
+    assert fates["ignored: BERT's pooler: CT-CLIP reads the CLS state before it"] == (
+        1,
+        "text_transformer.pooler.dense.weight",
+    )
+    loaded = checkpoint.load(out)
+    assert loaded.provenance["kind"] == "ct-clip"
+    assert loaded.provenance["label_informed"], "VocabFine was trained on labels"
+    assert torch.equal(loaded.model.encode_image(IMAGE), twin.encode_image(IMAGE))
 
 
 @pytest.mark.parametrize(
