@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ctclip.data.hu import AIR_HU
 
@@ -18,13 +19,16 @@ class AugmentConfig:
     """How much a scan may change while its report stays true."""
 
     probability: float = 0.5
-    """Of each of the three steps."""
+    """Of each of the four steps."""
 
     rotate_degrees: float = 8.0
     """About the body axis; patients lie that much askew."""
 
     scale: float = 0.08
     """Relative change of size, the same along all axes."""
+
+    shift_voxels: int = 2
+    """Most whole voxels along each axis; a technician's field of view is off by that much."""
 
     noise_hu: float = 25.0
     """Largest standard deviation of added noise; CT-RATE's kernels differ by about that."""
@@ -35,12 +39,13 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")
-        if min(self.rotate_degrees, self.scale, self.noise_hu, self.blur_voxels) < 0:
+        strengths = (self.rotate_degrees, self.scale, self.shift_voxels, self.noise_hu)
+        if min(*strengths, self.blur_voxels) < 0:
             raise ValueError("augmentation strengths must not be negative")
 
 
 def augment(volume_hu: Tensor, config: AugmentConfig, seed: Sequence[int]) -> Tensor:
-    """Rotate, scale, blur and add noise, reproducibly.
+    """Rotate, scale, shift, blur and add noise, reproducibly.
 
     Args:
         volume_hu: ``(D, H, W)`` in HU, any type and device.
@@ -54,23 +59,28 @@ def augment(volume_hu: Tensor, config: AugmentConfig, seed: Sequence[int]) -> Te
     from monai.utils import convert_to_tensor
 
     random = np.random.default_rng(list(seed))
-    chosen = random.random(3) < config.probability
+    chosen = random.random(4) < config.probability
     angle, size, sigma, noise = random.uniform((-1, -1, 0, 0), 1)
+    shift = random.integers(-config.shift_voxels, config.shift_voxels, 3, endpoint=True)
     # MONAI pads with 0 beyond the border, so air is made 0 while it works.
     volume = volume_hu.to(torch.float32)[None] - AIR_HU
-    if chosen[0]:
+    if chosen[0] and max(config.rotate_degrees, config.scale) > 0:
         transform = Affine(
             rotate_params=(float(np.radians(config.rotate_degrees) * angle), 0.0, 0.0),
             scale_params=(float(1 + config.scale * size),) * 3,
             padding_mode="zeros",
+            device=volume.device,
             image_only=True,
         )
         volume = convert_to_tensor(transform(volume))
     if chosen[1] and config.blur_voxels > 0:
         smooth = GaussianSmooth(sigma=float(config.blur_voxels * sigma) + 1e-3)
         volume = convert_to_tensor(smooth(volume))
+    if chosen[3]:
+        # Padding by n on one side and by -n on the other shifts, and fills with air.
+        volume = pad(volume, [n for by in shift[::-1].tolist() for n in (by, -by)])
     volume = volume + AIR_HU
-    if chosen[2]:
+    if chosen[2] and config.noise_hu > 0:
         generator = torch.Generator(device=volume.device)
         generator.manual_seed(int(random.integers(2**62)))
         drawn = torch.randn(volume.shape, generator=generator, device=volume.device)
