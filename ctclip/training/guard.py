@@ -42,17 +42,23 @@ class GuardConfig:
 
 @contextlib.contextmanager
 def explained_memory(micro_batch_size: int) -> Iterator[None]:
-    """Turn the GPU's "out of memory" into what to change.
+    """Turn "out of memory", of a GPU or of the machine, into what to change.
 
     Raises:
         ValueError: Naming the setting that decides how much memory a step takes.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, torch.OutOfMemoryError):
+            memory = "the GPU's memory"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            memory = "this machine's memory"
+        else:
+            raise
         raise ValueError(
-            f"micro_batch_size {micro_batch_size} does not fit the GPU's memory; halve it (the "
-            f"loss and its gradients stay the same), or set engine.activation_checkpointing=true"
+            f"micro_batch_size {micro_batch_size} does not fit {memory}; halve it (the loss and "
+            f"its gradients stay the same), or set engine.activation_checkpointing=true"
         ) from error
 
 

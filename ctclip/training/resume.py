@@ -15,12 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ctclip import distributed
 
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
+
+FULL_BYTES = 1 << 20
+"""With less than this left, a write that failed has failed for want of space."""
 
 
 def save(
@@ -118,7 +123,11 @@ def name_of(step: int) -> str:
 
 
 class explained_disk_errors:
-    """Turn the disk's refusals into a sentence that says what to do."""
+    """Turn the disk's refusals into a sentence that says what to do. A context manager.
+
+    Args:
+        folder: What is written to inside the block.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,17 +136,33 @@ class explained_disk_errors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        code = self._code(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
-                error.errno,
+                code,
                 f"no space left in {self.folder}: the newest complete checkpoint is intact; free "
                 f"space or lower checkpoint.keep, then start the same command again",
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise OSError(
-                error.errno,
+                code,
                 f"{self.folder} can't be written to; choose another run folder with out=FOLDER",
             ) from error
+
+    def _code(self, error: BaseException | None) -> int | None:
+        if isinstance(error, OSError):
+            return error.errno if self._is_here(error.filename) else None
+        # torch and safetensors report a failed write in words of their own.
+        if isinstance(error, RuntimeError | SafetensorError) and self._is_full():
+            return errno.ENOSPC
+        return None
+
+    def _is_here(self, filename: str | None) -> bool:
+        path = Path(filename) if filename else self.folder
+        return path.is_relative_to(self.folder) or self.folder.is_relative_to(path)
+
+    def _is_full(self) -> bool:
+        return self.folder.exists() and shutil.disk_usage(self.folder).free < FULL_BYTES
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

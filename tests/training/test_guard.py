@@ -48,3 +48,16 @@ def test_exploded_losses_and_infinite_gradients_are_not_usable(tmp_path):
 def test_running_out_of_gpu_memory_says_what_to_change():
     with pytest.raises(ValueError, match="micro_batch_size 16 does not fit"), explained_memory(16):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_running_out_of_the_machines_memory_says_so_too():
+    with (
+        pytest.raises(ValueError, match="micro_batch_size 4 does not fit this machine's memory"),
+        explained_memory(4),
+    ):
+        torch.empty(10**15)
+
+
+def test_another_error_of_a_step_keeps_its_own_words():
+    with pytest.raises(RuntimeError, match="must match"), explained_memory(4):
+        torch.zeros(2) + torch.zeros(3)

@@ -27,6 +27,24 @@ def test_a_line_averages_over_its_steps(tmp_path):
     assert all(line["peak_gib"] > 0 for line in lines(tmp_path))
 
 
+def test_utilisation_is_counted_against_the_peak_of_all_devices(tmp_path, monkeypatch):
+    """Half of the peak by construction: as many FLOP/s as were done, against twice of that."""
+    from ctclip.training import monitor as module
+
+    with Monitor(
+        tmp_path,
+        MonitorConfig(log_every=1),
+        {},
+        start_step=0,
+        total_steps=2,
+        flops_per_step=3e12,
+    ) as running:
+        monkeypatch.setattr(module, "peak_flops", lambda: 1e12)
+        line = running.step(1, volumes=8, waited_s=0.0, numbers={"loss": 1.0})
+
+    assert line["mfu"] == pytest.approx(3.0 * line["volumes_per_s"] / 8)
+
+
 def test_a_skipped_step_does_not_spoil_the_mean(tmp_path):
     with monitor(tmp_path) as running:
         running.step(1, volumes=8, waited_s=0.0, numbers={"loss": math.nan})
@@ -51,6 +69,17 @@ def test_going_on_drops_the_lines_that_are_computed_again_and_half_written_ones(
         (4, 3.5),
         (6, 55.0),
     ]
+
+
+@pytest.mark.slow
+def test_online_wandb_without_a_login_says_what_to_do(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+    with pytest.raises(ValueError, match="run `wandb login` once, or set monitor.wandb=offline"):
+        monitor(tmp_path, wandb="online")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import os
 import shutil
 
 import pytest
+import torch
 
 from ctclip.training import resume
 
@@ -72,7 +73,6 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path):
     [
         (errno.ENOSPC, "the newest complete checkpoint is intact"),
         (errno.EROFS, "choose another run folder with out=FOLDER"),
-        (errno.EACCES, "choose another run folder with out=FOLDER"),
     ],
 )
 def test_what_the_disk_refuses_is_explained(tmp_path, code, message):
@@ -83,3 +83,52 @@ def test_what_the_disk_refuses_is_explained(tmp_path, code, message):
     with pytest.raises(OSError, match=message):
         resume.save(tmp_path, 2, refused, {}, keep=2)
     assert resume.newest_intact(tmp_path).name == "step_00000001"
+
+
+def plain_write():
+    with open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"weights")
+
+
+def torch_write():
+    torch.save({"weight": torch.zeros(8)}, "/dev/full")
+
+
+@pytest.mark.parametrize("write_to_full_disk", [plain_write, torch_write])
+def test_a_disk_that_fills_up_while_writing_is_explained(tmp_path, monkeypatch, write_to_full_disk):
+    """/dev/full refuses every byte as a full disk does; torch hides why."""
+    monkeypatch.setattr(resume, "FULL_BYTES", 1 << 62)
+
+    with pytest.raises(OSError, match="no space left in .*free space or lower checkpoint.keep"):
+        resume.save(tmp_path, 2, lambda folder: write_to_full_disk(), {}, keep=2)
+
+
+def test_a_failure_that_is_not_the_disks_keeps_its_own_words(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="shapes differ"),
+        resume.explained_disk_errors(tmp_path),
+    ):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(PermissionError, match="cohort"), resume.explained_disk_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "cohort is locked", "/elsewhere/cohort")
+
+
+def test_a_folder_that_can_not_be_written_to_is_explained(tmp_path):
+    read_only = tmp_path / "read_only"
+    read_only.mkdir(mode=0o555)
+    is_root = os.geteuid() == 0
+    if is_root:  # whom no permission stops
+        os.seteuid(65_534)
+    try:
+        with pytest.raises(OSError, match="can't be written to; choose another run folder"):
+            save(read_only / "checkpoints", 1)
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_file_where_the_run_folder_should_be_is_explained(tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+
+    with pytest.raises(OSError, match="can't be written to; choose another run folder"):
+        save(tmp_path / "run" / "checkpoints", 1)
