@@ -51,8 +51,8 @@ def plan_axis(
     before = (num_out - kept) // 2
     centre = (np.arange(crop, crop + kept) + 0.5) * step - 0.5
     if antialias and step > 1:
-        taps = int(np.ceil(2 * step)) + 1
-        lowest = np.ceil(centre - step).astype(int)
+        taps = int(np.ceil(2 * step))  # whole numbers inside an open interval of that length
+        lowest = np.floor(centre - step).astype(int) + 1
         index = lowest[:, None] + np.arange(taps)
         weight = np.clip(1 - np.abs(index - centre[:, None]) / step, 0, None)
         weight[(index < 0) | (index >= size)] = 0
@@ -109,31 +109,54 @@ def resample(
     target_columns = slice(width.before, width.before + len(width.index))
     row_weight, column_weight = height.weight.astype(precision), width.weight.astype(precision)
     # Buffers are reused for every slice: allocating them anew costs as much as the arithmetic.
-    mixed, mixed_tap = _pair((rows.stop - rows.start, columns.stop - columns.start), precision)
+    source = _Planes(hu[:, rows, columns], clip_hu, precision)
+    mixed, mixed_tap = _pair(source.shape, precision)
     tall, tall_tap = _pair((len(row_index), mixed.shape[1]), precision)
     small, small_tap = _pair((len(row_index), len(column_index)), precision)
-    planes: dict[int, np.ndarray] = {}
     for position, (indices, weights) in enumerate(
         zip(depth.index, depth.weight.astype(precision), strict=True)
     ):
-        for stale in [index for index in planes if index < indices[0]]:
-            del planes[stale]
-        mixed[...] = 0
-        for index, weight in zip(indices.tolist(), weights, strict=True):
-            if weight == 0:
-                continue
-            if index not in planes:
-                plane = hu[index, rows, columns]
-                plane = plane if clip_hu is None else np.clip(plane, *clip_hu)
-                planes[index] = plane.astype(precision)
-            np.multiply(planes[index], weight, out=mixed_tap)
-            mixed += mixed_tap
+        source.forget_below(indices[0])
+        taps = [(index, w) for index, w in zip(indices.tolist(), weights, strict=True) if w != 0]
+        for number, (index, weight) in enumerate(taps):
+            np.multiply(source[index], weight, out=mixed_tap if number else mixed)
+            if number:
+                mixed += mixed_tap
         _weighted(mixed, row_index, row_weight, 0, tall, tall_tap)
         _weighted(tall, column_index, column_weight, 1, small, small_tap)
         if np.issubdtype(dtype, np.integer):
             np.rint(small, out=small)
         result[depth.before + position, target_rows, target_columns] = small
     return result
+
+
+class _Planes:
+    """Source slices in floating point, made when first asked for and forgotten when passed."""
+
+    def __init__(
+        self,
+        hu: np.ndarray,
+        clip_hu: tuple[float, float] | None,
+        precision: type[np.floating],
+    ) -> None:
+        self.shape: tuple[int, int] = hu.shape[1:]  # type: ignore[assignment]
+        self._hu, self._clip_hu, self._precision = hu, clip_hu, precision
+        self._held: dict[int, np.ndarray] = {}
+        self._free: list[np.ndarray] = []
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if index not in self._held:
+            plane = self._free.pop() if self._free else np.empty(self.shape, self._precision)
+            if self._clip_hu is None:
+                plane[...] = self._hu[index]
+            else:
+                np.clip(self._hu[index], *self._clip_hu, out=plane, casting="unsafe")
+            self._held[index] = plane
+        return self._held[index]
+
+    def forget_below(self, index: int) -> None:
+        for passed in [held for held in self._held if held < index]:
+            self._free.append(self._held.pop(passed))
 
 
 def _pair(shape: tuple[int, int], precision: type[np.floating]) -> tuple[np.ndarray, np.ndarray]:
