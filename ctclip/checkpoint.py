@@ -216,7 +216,9 @@ def rebuild(
     fill(model, tensors, source)
     return Checkpoint(
         model=model.to(device).eval(),
-        tokenizer=Tokenizer(header["tokenizer"], header["context_length"]),
+        tokenizer=Tokenizer(
+            header["tokenizer"], header["context_length"], model_config.text.truncation
+        ),
         model_config=model_config,
         volume_config=volume_config,
         provenance=header["provenance"],

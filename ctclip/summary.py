@@ -99,8 +99,16 @@ def _training(lines: list[dict[str, float]]) -> report.Section:
         if points:
             steps, values = np.array(points, dtype=float).T
             curves[name] = (steps, values)
+    cut = next((line for line in lines if "text/truncated_share" in line), None)
     return report.Section(
         title="Training",
+        paragraphs=[]
+        if cut is None
+        else [
+            f"{100 * cut['text/truncated_share']:.1f} % of the training reports were longer than "
+            f"the tokenizer's limit; {100 * cut['text/tokens_cut_share']:.1f} % of all tokens were "
+            "left out at a time."
+        ],
         figures=[
             report.Picture(
                 image=plots.loss_curve({name: curve}),

@@ -1,10 +1,12 @@
 """A model and a cohort small enough to know every embedding in advance."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ctclip.data.cohort import CorruptVolumeError
 from ctclip.data.volume import VolumeConfig
 
 
@@ -53,7 +55,8 @@ class StubCheckpoint:
 
 
 class StubCohort:
-    def __init__(self, num_volumes, volumes_per_study=2, config=None):
+    def __init__(self, num_volumes, volumes_per_study=2, config=None, unreadable=()):
+        self.unreadable = unreadable
         self.volume_config = config or VolumeConfig(size=(2, 4, 4))
         self.fingerprint = self.volume_config.fingerprint()
         self.records = [
@@ -70,6 +73,8 @@ class StubCohort:
         ]
 
     def read(self, volume_id):
+        if volume_id in self.unreadable:
+            raise CorruptVolumeError(Path(volume_id), "damaged-cache", "its checksum differs")
         row = [record.volume_id for record in self.records].index(volume_id)
         hu = np.full((2, 4, 4), row * 10 - 500, dtype=np.int16)
         hu[0, 0, 0] = -row

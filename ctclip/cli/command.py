@@ -10,13 +10,27 @@ from typing import Any
 
 Command = Callable[[Sequence[str] | None], None]
 
+logger = logging.getLogger(__name__)
+
+
+class _Lines(logging.Formatter):
+    """Plain lines for what happens; a level only where something is the matter."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if record.levelno <= logging.INFO:
+            return line
+        return f"{record.levelname.lower()}: {line} ({record.name})"
+
 
 def command(function: Command) -> Command:
     """Turn what a user's file or argument caused into one sentence and exit status 2."""
 
     @functools.wraps(function)
     def run(argv: Sequence[str] | None = None) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Lines())
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("ctclip").setLevel(logging.INFO)
         try:
             function(argv)
@@ -46,11 +60,16 @@ def new_parser(doc: str | None, config_folder: str | None = None) -> argparse.Ar
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags and ``key=value`` pairs in any order, which plain ``parse_args`` does not allow."""
+    """Flags and ``key=value`` pairs in any order, which plain ``parse_args`` does not allow.
+
+    What follows is slow to import, so the user hears first that the command has understood.
+    """
     args = parser.parse_intermixed_args(argv)
     for override in getattr(args, "overrides", []):
         if "=" not in override:
             parser.error(f"expected key=value, got {override!r}")
+    if os.environ.get("RANK", "0") == "0":  # of a launcher's processes, one speaks
+        logger.info("%s: starting, loading libraries", parser.prog)
     return args
 
 

@@ -1,9 +1,12 @@
 """Commands that make data: phantoms and prepared cohorts, and a look at one scan."""
 
+import logging
 import os
 from collections.abc import Sequence
 
 from ctclip.cli.command import command, new_parser, parse
+
+logger = logging.getLogger(__name__)
 
 
 @command
@@ -57,27 +60,44 @@ def prepare(argv: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="CODE",
-        help="use volumes held back for this reason, e.g. hu-offset (may be repeated)",
+        help="use volumes held back for this reason as they are, e.g. not-hu (may be repeated)",
     )
+    parser.add_argument(
+        "--rescale",
+        type=float,
+        nargs=2,
+        metavar=("SLOPE", "INTERCEPT"),
+        help="of scans that do not hold HU and for which no table says it, e.g. 1 -1024",
+    )
+    parser.add_argument("--pack", metavar="URL", help="also write shards there (s3://, file:///…)")
     args = parse(parser, argv)
+
+    from dataclasses import replace
 
     from ctclip import config
     from ctclip.data import cache as job
+    from ctclip.data import shards
+    from ctclip.data.report import report_text
     from ctclip.data.sources import read_source
     from ctclip.data.volume import VolumeConfig
 
     if args.like and (args.config or args.overrides):
         parser.error("--like takes every setting from the checkpoint; leave out the others")
+    tokenizer = None
     if args.like:
         from ctclip import checkpoint
 
-        settings = checkpoint.load(args.like).volume_config
+        like = checkpoint.load(args.like)
+        settings, tokenizer = like.volume_config, like.tokenizer
     else:
         settings = config.load(VolumeConfig, args.config, args.overrides)
     records, problems = read_source(
         args.source, kind=args.kind, root=args.root, variant=args.variant
     )
-    job.prepare(
+    if args.rescale:
+        rescale = (args.rescale[0], args.rescale[1])
+        records = [replace(record, rescale=record.rescale or rescale) for record in records]
+    prepared = job.prepare(
         records,
         args.out,
         settings,
@@ -86,6 +106,16 @@ def prepare(argv: Sequence[str] | None = None) -> None:
         problems=problems,
         accept=args.accept,
     )
+    if tokenizer is not None:
+        found = tokenizer.lengths([report_text(r.findings, r.impression) for r in prepared.records])
+        logger.info(
+            "%d of %d volumes' reports are longer than the checkpoint's %d tokens",
+            found.num_truncated,
+            found.num_texts,
+            tokenizer.context_length,
+        )
+    if args.pack:
+        logger.info("packed cohort: %s", shards.pack(prepared, args.pack))
 
 
 @command
@@ -98,6 +128,13 @@ def inspect(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(inspect.__doc__)
     parser.add_argument("scan", help="NIfTI, NRRD or MHA file, or a DICOM folder")
     parser.add_argument("--series", help="DICOM SeriesInstanceUID, where a folder holds several")
+    parser.add_argument(
+        "--rescale",
+        type=float,
+        nargs=2,
+        metavar=("SLOPE", "INTERCEPT"),
+        help="how stored numbers become HU, where they are not HU, e.g. 1 -1024",
+    )
     parser.add_argument("--out", help="PNG file; <name>.png in the current folder by default")
     args = parse(parser, argv)
 
@@ -107,7 +144,8 @@ def inspect(argv: Sequence[str] | None = None) -> None:
 
     from ctclip.data import inspect as job
 
-    result = job.inspect(args.scan, series=args.series)
+    rescale = (args.rescale[0], args.rescale[1]) if args.rescale else None
+    result = job.inspect(args.scan, series=args.series, rescale=rescale)
     console = Console()
     console.print(job.render(result))
     if result.volume is not None:

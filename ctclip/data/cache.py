@@ -6,7 +6,7 @@ A prepared cohort is a folder named after the fingerprint of its preprocessing::
         recipe.yaml      the VolumeConfig
         manifest.csv     usable volumes, with reports, labels and checksums
         ledger.csv       every input that was refused, corrected or looked odd, and why
-        summary.json     counts
+        summary.json     counts; inputs = used + corrected + refused
         volumes/         <volume_id>.b2nd: int16 HU, blosc2 zstd-1 with bitshuffle, chunked
         done/            <volume_id>.json: what happened to each volume; makes a rerun skip it
 
@@ -17,9 +17,10 @@ it again, and several runs may work on one folder.
 import json
 import logging
 import multiprocessing
-import sys
+import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -32,14 +33,19 @@ from ctclip import config as configs
 from ctclip.data import chest, hygiene, storage, volume
 from ctclip.data.cohort import CorruptVolumeError, PreparedCohort, write_cohort_manifest
 from ctclip.data.manifest import VolumeRecord
-from ctclip.data.problems import ManifestError, Problem, VolumeError
+from ctclip.data.problems import Level, ManifestError, Problem, Status, VolumeError
+from ctclip.data.report import report_text
 from ctclip.data.volume import VolumeConfig
+from ctclip.progress import Progress
 
 __all__ = ["CorruptVolumeError", "PreparedCohort", "prepare"]
 
 logger = logging.getLogger(__name__)
 
 LEDGER_COLUMNS = ("path", "volume_id", "status", "code", "detail")
+
+STATUS: dict[Level, Status] = {"note": "noted", "warn": "warned", "hold": "warned"}
+"""A note's level in the ledger's words; a held volume that the user accepted is warned about."""
 
 
 def prepare(
@@ -91,7 +97,8 @@ def prepare(
     ledger += found
     _write_ledger(folder, ledger)
     write_cohort_manifest(folder, kept, outcomes)
-    _write_summary(folder, len(records), kept, ledger)
+    summary = summarise(records, kept, ledger)
+    storage.write_text(folder, "summary.json", json.dumps(summary, indent=2) + "\n")
     storage.sweep(folder)
 
     worrying = [problem for problem in ledger if problem.status != "noted"]
@@ -102,16 +109,13 @@ def prepare(
             f"first: {first.path}: {first.detail} [{first.code}]"
         )
     if not kept:
-        raise ManifestError(f"no usable volume; {folder / 'ledger.csv'} tells why for each")
-    refused = sum(problem.status == "refused" for problem in worrying)
-    logger.info(
-        "%d of %d volumes prepared in %s; %d refused, %d other notes in ledger.csv",
-        len(kept),
-        len(records),
-        folder,
-        refused,
-        len(worrying) - refused,
-    )
+        counts = ", ".join(f"{code} x {number}" for code, number in summary["ledger"].items())
+        raise ManifestError(
+            f"no usable volume among {summary['inputs']} inputs ({counts}); "
+            f"{folder / 'ledger.csv'} tells why for each"
+        )
+    for line in _in_words(folder, summary):
+        logger.info("%s", line)
     return PreparedCohort.open(folder)
 
 
@@ -123,8 +127,6 @@ def _outcomes(
     accept: frozenset[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What happened to each volume: now, or in an earlier run if its file has not changed."""
-    from tqdm import tqdm
-
     waiting = []
     for record in records:
         outcome = _earlier(record, folder, accept)
@@ -132,31 +134,41 @@ def _outcomes(
             waiting.append(record)
         else:
             yield record.volume_id, outcome
-    bar = tqdm(
-        total=len(records),
-        initial=len(records) - len(waiting),
-        desc="prepare",
-        unit="volume",
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
+    done = len(records) - len(waiting)
+    earlier = f"; {done} were done in an earlier run" if done else ""
+    logger.info("preparing %d volumes in %s%s", len(waiting), folder, earlier)
+    with Progress(len(records), "prepare", "volume", done=done) as progress:
         if workers <= 1 or len(waiting) <= 1:
             for record in waiting:
                 yield record.volume_id, prepare_one(record, folder, config, accept)
-                bar.update()
+                progress.update()
             return
         # A fresh server forks workers that have imported only what preparing needs, and that hold
         # no lock of a thread of ours.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["ctclip.data.cache"])
-        with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context) as pool:
+        with ProcessPoolExecutor(
+            min(workers, len(waiting)), mp_context=context, initializer=_end_with_parent
+        ) as pool:
             futures = {
                 pool.submit(prepare_one, record, folder, config, accept): record.volume_id
                 for record in waiting
             }
             for future in as_completed(futures):
                 yield futures[future], future.result()
-                bar.update()
+                progress.update()
+
+
+def _end_with_parent() -> None:
+    """Let a worker end where its parent was killed; it would wait for its next scan for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def prepare_one(
@@ -177,7 +189,7 @@ def prepare_one(
             spacing_mm=record.spacing_mm,
             series=record.series,
         )
-        notes = scan.warnings()
+        notes = [note for note in scan.notes if note.level != "info"]
         held = [note for note in notes if note.level == "hold" and note.code not in accept]
         if not held:
             notes += chest.check(scan).notes
@@ -185,7 +197,7 @@ def prepare_one(
             problems.append(
                 Problem(
                     str(record.path),
-                    "refused" if note in held else "warned",
+                    "refused" if note in held else STATUS[note.level],
                     note.code,
                     note.text,
                     record.volume_id,
@@ -252,15 +264,55 @@ def _write_ledger(folder: Path, ledger: Sequence[Problem]) -> None:
     storage.write_csv(folder, "ledger.csv", LEDGER_COLUMNS, [asdict(problem) for problem in ledger])
 
 
-def _write_summary(
-    folder: Path, num_inputs: int, kept: Sequence[VolumeRecord], ledger: Sequence[Problem]
-) -> None:
-    summary = {
-        "inputs": num_inputs,
-        "volumes": len(kept),
+def summarise(
+    records: Sequence[VolumeRecord], kept: Sequence[VolumeRecord], ledger: Sequence[Problem]
+) -> dict[str, Any]:
+    """Count what became of every input.
+
+    An input is a volume, or a row or file that the ledger refuses before it names one. Each is
+    counted once: ``used`` as it is, used and ``corrected`` (or warned about), or ``refused``.
+    """
+    volumes = {record.volume_id for record in kept}
+    marked = {p.volume_id for p in ledger if p.status in ("corrected", "warned")} & volumes
+    refused = {record.volume_id for record in records} - volumes
+    for problem in ledger:
+        if problem.status == "refused" and problem.volume_id not in volumes:
+            refused.add(problem.volume_id or problem.path)
+    words = sorted(
+        len(text.split())
+        for text in {r.study_id: report_text(r.findings, r.impression) for r in kept}.values()
+        if text
+    )
+    return {
+        "inputs": len(volumes) + len(refused),
+        "volumes": len(volumes),
+        "used": len(volumes - marked),
+        "corrected": len(marked),
+        "refused": len(refused),
         "studies": len({record.study_id for record in kept}),
         "patients": len({record.patient_id for record in kept}),
         "splits": dict(sorted(Counter(record.split for record in kept).items())),
+        "reports": len(words),
+        "words_per_report": {
+            "median": words[len(words) // 2] if words else 0,
+            "longest": words[-1] if words else 0,
+        },
         "ledger": dict(sorted(Counter(f"{p.status}: {p.code}" for p in ledger).items())),
     }
-    storage.write_text(folder, "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _in_words(folder: Path, summary: Mapping[str, Any]) -> list[str]:
+    """What a user reads last."""
+    used = summary["volumes"]
+    splits = ", ".join(f"{number} {name}" for name, number in summary["splits"].items())
+    lines = [
+        f"{used} of {summary['inputs']} inputs are used ({summary['corrected']} of them with a "
+        f"correction or warning), {summary['refused']} refused",
+        f"{summary['patients']} patients, {summary['studies']} studies, {used} volumes ({splits}); "
+        f"{summary['reports']} reports of {summary['words_per_report']['median']} words in the "
+        f"median, {summary['words_per_report']['longest']} at most",
+    ]
+    if summary["ledger"]:
+        listed = ", ".join(f"{code} x {number}" for code, number in summary["ledger"].items())
+        lines.append(f"{folder / 'ledger.csv'} has {listed}")
+    return [*lines, f"prepared cohort: {folder}"]

@@ -1,9 +1,12 @@
 """A prepared cohort on disk: its records, and fast access to their voxels."""
 
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +16,7 @@ import numpy as np
 from ctclip import config as configs
 from ctclip.data import storage
 from ctclip.data.manifest import VolumeRecord
+from ctclip.data.problems import Problem, VolumeError
 from ctclip.data.table import read_table
 from ctclip.data.volume import VolumeConfig
 from ctclip.findings import FINDINGS
@@ -20,8 +24,24 @@ from ctclip.findings import FINDINGS
 COLUMNS = ("patient_id", "study_id", "volume_id", "split", "path", "findings", "impression")
 
 
-class CorruptVolumeError(ValueError):
-    """A cached volume whose bytes do not match their checksum."""
+class CorruptVolumeError(VolumeError):
+    """A prepared volume that was damaged or lost afterwards.
+
+    ``code`` is ``damaged-cache`` where its bytes don't match their checksum, ``missing-cache``
+    where its file is gone, and ``unreadable-cache`` where the storage fails.
+    """
+
+
+UNREADABLE = "unreadable_volumes.jsonl"
+"""In the folder of a run: the prepared volumes that it could not read."""
+
+
+def note_unreadable(folder: Path, volume_id: str, error: CorruptVolumeError) -> None:
+    """Add a volume to ``unreadable_volumes.jsonl``, in the ledger's columns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = Problem(str(error.path), "refused", error.code, error.detail, volume_id)
+    with (folder / UNREADABLE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(problem)) + "\n")
 
 
 class FrameStore(Protocol):
@@ -49,15 +69,21 @@ class PreparedCohort:
 
     @classmethod
     def open(cls, path: str | Path) -> "PreparedCohort":
-        """Open what ``prepare`` wrote.
+        """Open what ``prepare`` or ``pack`` wrote.
 
         Args:
-            path: ``<out>/<fingerprint>``, or ``<out>`` if it holds one cohort only.
+            path: ``<out>/<fingerprint>``, or ``<out>`` if it holds one cohort only, or the URL of
+                a packed one.
 
         Raises:
             FileNotFoundError: If there is no finished cohort.
             ValueError: If ``path`` holds several, or volumes of another preprocessing.
         """
+        url = _url(path)
+        if url is not None:
+            from ctclip.data.shards import open_packed
+
+            return open_packed(url)
         path = _find(Path(path))
         config = configs.load(VolumeConfig, path / "recipe.yaml")
         if config.fingerprint() != path.name:
@@ -66,6 +92,8 @@ class PreparedCohort:
                 f"{config.fingerprint()}); run ctclip-prepare again"
             )
         table = read_table(path / "manifest.csv")
+        if table.malformed:
+            raise ValueError(f"{table.malformed[0].path} is damaged; run ctclip-prepare again")
         records = [_from_row(row.cells) for row in table.rows]
         checksums = {row.cells["volume_id"]: int(row.cells["crc32"]) for row in table.rows}
         return cls(path, config, records, checksums)
@@ -100,28 +128,21 @@ class PreparedCohort:
 
         Raises:
             FileNotFoundError: If the cohort has no such volume.
-            CorruptVolumeError: If its bytes have changed since they were written.
+            CorruptVolumeError: If it was damaged or lost since it was written.
         """
         return storage.decompress(self.frame(volume_id))
 
     def frame(self, volume_id: str) -> bytes:
         """One volume as compressed bytes, checksum verified; raises as :meth:`read` does."""
-        if self.store is None:
-            where = str(self._file(volume_id))
-            frame = self._file(volume_id).read_bytes()
-        else:
-            self._check_known(volume_id)
-            where = volume_id
-            frame = self.store.frame(volume_id)
+        with self._explained(volume_id) as where:
+            frame = where.read_bytes() if self.store is None else self.store.frame(volume_id)
         if storage.checksum(frame) != self.checksums[volume_id]:
-            raise CorruptVolumeError(
-                f"{where} is damaged: its checksum differs; delete it and run ctclip-prepare"
-            )
+            raise self._damaged(where)
         return frame
 
-    def stored_in(self, store: "FrameStore") -> "PreparedCohort":
-        """The same cohort with its frames elsewhere."""
-        return replace(self, store=store)
+    def stored_in(self, store: "FrameStore", path: Path) -> "PreparedCohort":
+        """The same cohort with its frames elsewhere; ``path`` is what messages call it."""
+        return replace(self, store=store, path=path)
 
     def read_crop(self, volume_id: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """A box of one volume; only the chunks that it touches are read and decompressed.
@@ -132,26 +153,46 @@ class PreparedCohort:
             size: Voxels (d, h, w).
 
         Returns:
-            int16 HU; the checksum is not verified, which would need the whole file.
+            int16 HU.
+
+        Raises:
+            FileNotFoundError: If the cohort has no such volume.
+            CorruptVolumeError: If it was damaged or lost; of a file, the chunks that are read are
+                verified, of a shard the whole frame.
         """
-        import blosc2
+        if self.store is not None:
+            return storage.read_box(self.frame(volume_id), start, size)
+        with self._explained(volume_id) as where:
+            try:
+                return storage.read_box(where, start, size)
+            except storage.DamagedFrameError:
+                raise self._damaged(where) from None
 
-        if self.store is None:
-            array = blosc2.open(str(self._file(volume_id)), mode="r")
-        else:
-            array = blosc2.ndarray_from_cframe(self.frame(volume_id))
-        return array[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-
-    def _file(self, volume_id: str) -> Path:
-        self._check_known(volume_id)
-        return self.path / "volumes" / f"{volume_id}.b2nd"
-
-    def _check_known(self, volume_id: str) -> None:
+    @contextmanager
+    def _explained(self, volume_id: str) -> Iterator[Path]:
+        """Where a volume's bytes lie; what the storage can't give becomes a stated reason."""
         if volume_id not in self.checksums:
             raise FileNotFoundError(
                 f"no prepared volume for {volume_id!r} in {self.path}; its ledger.csv tells why, "
                 "or run ctclip-prepare"
             )
+        where = self.path / "volumes" / f"{volume_id}.b2nd"
+        try:
+            yield where
+        except FileNotFoundError:
+            detail = "the prepared volume is gone; run ctclip-prepare again"
+            raise CorruptVolumeError(where, "missing-cache", detail) from None
+        except OSError as error:
+            raise CorruptVolumeError(where, "unreadable-cache", str(error)) from None
+
+    @staticmethod
+    def _damaged(where: Path) -> CorruptVolumeError:
+        return CorruptVolumeError(
+            where,
+            "damaged-cache",
+            "the prepared volume is damaged, its checksum differs; delete it and run "
+            "ctclip-prepare again",
+        )
 
 
 def write_cohort_manifest(
@@ -190,6 +231,15 @@ def _from_row(cells: dict[str, str]) -> VolumeRecord:
             if column.startswith("meta_") and value
         },
     )
+
+
+def _url(path: str | Path) -> str | None:
+    """The fsspec URL that a path is, also where a ``Path`` has swallowed its slashes."""
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path))
+    if match is None:
+        return None
+    scheme, rest = match.groups()
+    return f"{scheme}:///{rest}" if scheme in ("file", "local") else f"{scheme}://{rest}"
 
 
 def _find(path: Path) -> Path:

@@ -12,11 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 from ctclip.data import report
 from ctclip.data.manifest import (
-    Split,
     VolumeRecord,
     is_safe_id,
     parse_labels,
@@ -27,7 +25,7 @@ from ctclip.data.problems import ManifestError, Problem
 from ctclip.data.table import Row, Table, raise_all, read_table
 from ctclip.findings import FINDINGS
 
-NAME = re.compile(r"(?P<study>(?P<patient>(?P<split>[a-z]+)_\d+)_[a-z]+)_\d+")
+NAME = re.compile(r"(?P<study>(?P<patient>(?P<split>train|valid|test)_\d+)_[a-z]+)_\d+")
 
 META = {
     "PatientSex": "sex",
@@ -71,11 +69,11 @@ def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
         root: Searched for ``*.nii.gz`` and for CSVs with a column ``VolumeName``.
 
     Returns:
-        One record per volume on disk, and problems: reports without a volume, volumes without a
-        report, sections that were empty.
+        One record per volume on disk of which no table row is refused, and problems: reports
+        without a volume, volumes without a report, rows that can't be used.
 
     Raises:
-        ManifestError: If there are no volumes or no report table, or a table is malformed.
+        ManifestError: If there are no volumes or no report table, or a table can't be used.
     """
     root = Path(root)
     problems: list[Problem] = []
@@ -88,22 +86,25 @@ def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
         if "VolumeName" not in table.columns:
             continue
         if "Findings_EN" in table.columns:
-            reports |= read_reports(path, problems, table)
+            _join(reports, read_reports(path, problems, table), path, problems)
         elif set(FINDINGS) & set(table.columns):
-            labels |= read_labels(path, problems, table)
+            _join(labels, read_labels(path, problems, table), path, problems)
         elif "RescaleIntercept" in table.columns or "ZSpacing" in table.columns:
-            metadata |= read_metadata(path, problems, table)
+            _join(metadata, read_metadata(path, problems, table), path, problems)
     if not volumes or not reports:
         raise ManifestError(
             f"{root}: found {len(volumes)} CT-RATE volumes and {len(reports)} reports; expected "
             "names like train_1_a_1.nii.gz, and a CSV with VolumeName, Findings_EN, Impressions_EN"
         )
-    for name in sorted(reports.keys() - volumes.keys()):
+    refused = {problem.volume_id for problem in problems if problem.status == "refused"}
+    for name in sorted(reports.keys() - volumes.keys() - refused):
         detail = "in the report table, but there is no such volume"
         problems.append(Problem(str(root), "refused", "missing-file", detail, name))
     not_chest = _listed_as_no_chest(root)
     records = []
     for name, path in sorted(volumes.items()):
+        if name in refused:
+            continue
         if name in not_chest:
             detail = "on CT-RATE's own list of volumes that show no chest"
             problems.append(Problem(str(path), "refused", "listed-no-chest", detail, name))
@@ -130,7 +131,7 @@ def _volumes(root: Path, problems: list[Problem]) -> dict[str, Path]:
                 keep, drop = path, keep
             found[name] = keep
             detail = f"the same volume as {keep}; that one is used"
-            problems.append(Problem(str(drop), "refused", "second-copy", detail, name))
+            problems.append(Problem(str(drop), "refused", "second-copy", detail))
         else:
             found[name] = path
     return found
@@ -157,9 +158,6 @@ def _record(
 ) -> VolumeRecord:
     match = NAME.fullmatch(name)
     assert match is not None
-    split = match["split"]
-    if split not in get_args(Split):
-        raise ManifestError(f"{path}: split {split!r} in the name; expected train, valid or test")
     text = text or Report(None, None)
     metadata = metadata or Metadata()
     extra = {"clinical_information": text.clinical, "technique": text.technique}
@@ -167,7 +165,7 @@ def _record(
         volume_id=name,
         study_id=match["study"],
         patient_id=match["patient"],
-        split=split,  # type: ignore[arg-type]
+        split=match["split"],  # type: ignore[arg-type]
         path=path,
         findings=text.findings,
         impression=text.impression,
@@ -184,14 +182,13 @@ def read_reports(
     """Reports by volume name; empty ones are kept as absent and listed.
 
     Raises:
-        ManifestError: If the table is malformed.
+        ManifestError: If the table can't be used.
     """
     table = table or read_table(path)
     table.require(("VolumeName", "Findings_EN", "Impressions_EN"))
-    errors: list[str] = []
     counts: Counter[str] = Counter()
     reports: dict[str, Report] = {}
-    for name, row in _named_rows(table, errors):
+    for name, row in _named_rows(table, problems):
         found = Report(
             findings=report.clean(row.get("Findings_EN"), counts),
             impression=report.clean(row.get("Impressions_EN"), counts),
@@ -201,8 +198,7 @@ def read_reports(
         if found.findings is None and found.impression is None:
             detail = "findings and impression are both absent"
             problems.append(Problem(f"{path}:{row.line}", "warned", "empty-report", detail, name))
-        _keep(reports, name, found, row, path, problems, errors)
-    raise_all(path, errors)
+        _keep(reports, name, found, row, table, problems)
     problems += text_problems(path, counts)
     return reports
 
@@ -219,9 +215,9 @@ def read_labels(
     table.require(("VolumeName", *FINDINGS))
     errors: list[str] = []
     labels: dict[str, dict[str, float]] = {}
-    for name, row in _named_rows(table, errors):
+    for name, row in _named_rows(table, problems):
         found = parse_labels(table, row, errors)
-        _keep(labels, name, found, row, path, problems, errors)
+        _keep(labels, name, found, row, table, problems)
     raise_all(path, errors)
     return labels
 
@@ -231,36 +227,39 @@ def read_metadata(
 ) -> dict[str, Metadata]:
     """Rescale, spacing and acquisition by volume name; a cell is parsed as numbers, never run.
 
+    A row with a malformed or impossible number is refused, and its volume with it.
+
     Raises:
-        ManifestError: If a number is malformed or impossible.
+        ManifestError: If the table can't be used.
     """
     table = table or read_table(path)
     table.require(("VolumeName",))
-    errors: list[str] = []
     found: dict[str, Metadata] = {}
-    for name, row in _named_rows(table, errors):
-        rescale = _rescale(row, errors)
-        spacing = _spacing(row, errors)
+    for name, row in _named_rows(table, problems):
+        try:
+            rescale, spacing = _rescale(row), _spacing(row)
+        except ValueError as error:
+            problems.append(table.refused(row, "bad-number", str(error), name))
+            continue
         if rescale is None and spacing is None:
             detail = "neither rescale nor spacing"
             problems.append(Problem(f"{path}:{row.line}", "warned", "no-metadata", detail, name))
         meta = {key: row.get(column) for column, key in META.items() if row.get(column)}
         if "age" in meta:
             meta["age"] = meta["age"].strip("Yy").lstrip("0") or "0"
-        _keep(found, name, Metadata(rescale, spacing, meta), row, path, problems, errors)
-    raise_all(path, errors)
+        _keep(found, name, Metadata(rescale, spacing, meta), row, table, problems)
     return found
 
 
-def _named_rows(table: Table, errors: list[str]) -> Iterable[tuple[str, Row]]:
+def _named_rows(table: Table, problems: list[Problem]) -> Iterable[tuple[str, Row]]:
+    problems += table.malformed
     for row in table.rows:
         name = row.get("VolumeName")
-        if not is_safe_id(name):
-            errors.append(
-                f"line {row.line}: VolumeName {name!r} is not a file name; paths are not allowed"
-            )
-        else:
+        if is_safe_id(name):
             yield volume_stem(name), row
+        else:
+            detail = f"VolumeName {name!r} is not a file name; paths are not allowed"
+            problems.append(table.refused(row, "unsafe-name", detail))
 
 
 def _keep(
@@ -268,18 +267,27 @@ def _keep(
     name: str,
     value: object,
     row: Row,
-    path: Path,
+    table: Table,
     problems: list[Problem],
-    errors: list[str],
 ) -> None:
-    """File a row under its volume; a repetition is dropped, a contradiction is an error."""
+    """File a row under its volume; a repetition is dropped, a contradiction refused."""
     if name not in found:
         found[name] = value
     elif _same(found[name], value):
         detail = "the same row twice; used once"
-        problems.append(Problem(f"{path}:{row.line}", "corrected", "repeated-row", detail, name))
+        where = f"{table.path}:{row.line}"
+        problems.append(Problem(where, "corrected", "repeated-row", detail, name))
     else:
-        errors.append(f"line {row.line}: {name} has an earlier row that says otherwise")
+        detail = "an earlier row of this volume says otherwise"
+        problems.append(table.refused(row, "contradiction", detail, name))
+
+
+def _join(total: dict, found: dict, path: Path, problems: list[Problem]) -> None:
+    """Put a table's rows to those of the tables before it; they must not contradict each other."""
+    for name, value in found.items():
+        if not _same(total.setdefault(name, value), value):
+            detail = "another table says otherwise about this volume"
+            problems.append(Problem(str(path), "refused", "contradiction", detail, name))
 
 
 def _same(first: object, second: object) -> bool:
@@ -302,15 +310,13 @@ def _number(cell: str) -> float | None:
     return value
 
 
-def _rescale(row: Row, errors: list[str]) -> tuple[float, float] | None:
+def _rescale(row: Row) -> tuple[float, float] | None:
     try:
         slope, intercept = _number(row.get("RescaleSlope")), _number(row.get("RescaleIntercept"))
     except ValueError:
-        errors.append(f"line {row.line}: RescaleSlope or RescaleIntercept is not a number")
-        return None
+        raise ValueError("RescaleSlope or RescaleIntercept is not a number") from None
     if slope == 0:
-        errors.append(f"line {row.line}: RescaleSlope is 0")
-        return None
+        raise ValueError("RescaleSlope is 0")
     if slope is None or intercept is None:
         return None
     return slope, intercept
@@ -328,20 +334,18 @@ def _in_plane(cell: str) -> tuple[float, float] | tuple[None, None]:
     return float(match[1]), float(match[2])
 
 
-def _spacing(row: Row, errors: list[str]) -> tuple[float, float, float] | None:
+def _spacing(row: Row) -> tuple[float, float, float] | None:
     in_plane = row.get("XYSpacing")
     try:
         depth = _number(row.get("ZSpacing"))
         first, second = _in_plane(in_plane)
     except ValueError:
-        errors.append(
-            f"line {row.line}: XYSpacing {in_plane[:40]!r}, ZSpacing {row.get('ZSpacing')[:40]!r}; "
-            "expected [x, y] and z in mm"
-        )
-        return None
+        raise ValueError(
+            f"XYSpacing {in_plane[:40]!r}, ZSpacing {row.get('ZSpacing')[:40]!r}; expected [x, y] "
+            "and z in mm"
+        ) from None
     if any(value is not None and value <= 0 for value in (depth, first, second)):
-        errors.append(f"line {row.line}: a spacing of 0 or less")
-        return None
+        raise ValueError("a spacing of 0 or less")
     if depth is None or first is None or second is None:
         return None
     return depth, second, first

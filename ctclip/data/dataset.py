@@ -1,16 +1,14 @@
 """Prepared volumes and their records become batches."""
 
-import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ctclip.data.cohort import CorruptVolumeError, PreparedCohort
+from ctclip.data.cohort import PreparedCohort
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.sampler import EpochSampler
 from ctclip.data.volume import window
@@ -20,19 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "CohortDataset", "EpochSampler", "Sample", "collate", "loader"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Sample:
     """One volume with its record."""
 
     volume: Tensor
-    """``(C, D, H, W)`` float32 in [-1, 1], one channel per HU window."""
+    """``(C, D, H, W)`` float32 in [-1, 1], one channel per HU window; ``(D, H, W)`` int16 HU where
+    the data set finishes later."""
 
     record: VolumeRecord
     study: int
     """Unique per study in the cohort."""
+
+    draw: tuple[int, int, int] = (0, 0, 0)
+    """Of the augmentation: seed, epoch, index."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Batch:
     """Samples of one step on one rank."""
 
     volume: Tensor
-    """``(B, C, D, H, W)`` float32 in [-1, 1]."""
+    """``(B, C, D, H, W)`` float32 in [-1, 1]; ``(B, D, H, W)`` int16 HU until it is finished."""
 
     records: list[VolumeRecord]
     study: Tensor
@@ -49,25 +49,19 @@ class Batch:
     labels: Tensor
     """``(B, 18)`` float32: 1, 0, or nan where not annotated."""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on a device."""
-        return Batch(
-            self.volume.to(device, non_blocking=True),
-            self.records,
-            self.study.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-        )
+    draws: list[tuple[int, int, int]]
+    """Of each volume's augmentation."""
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; called by the loader."""
-        return Batch(self.volume.pin_memory(), self.records, self.study.pin_memory(), self.labels)
+        return replace(self, volume=self.volume.pin_memory(), study=self.study.pin_memory())
 
 
 class CohortDataset(Dataset[Sample]):
     """Random access to a prepared cohort.
 
-    A volume whose file was damaged after it was prepared is replaced by the next one, on every
-    rank alike, and named in the log; the count is in ``num_replaced`` of the process that read it.
+    Indexing raises ``CorruptVolumeError`` for a volume whose file was damaged or
+    lost after it was prepared; training replaces it, see :mod:`ctclip.training.stream`.
     """
 
     def __init__(
@@ -79,6 +73,7 @@ class CohortDataset(Dataset[Sample]):
         *,
         seed: int = 0,
         epoch: int = 0,
+        finish_later: bool = False,
     ) -> None:
         """Choose what is read.
 
@@ -89,6 +84,8 @@ class CohortDataset(Dataset[Sample]):
             windows_hu: HU windows, one channel each; by default the cohort's.
             seed: Of the augmentation.
             epoch: Every epoch draws its own augmentation of a volume.
+            finish_later: Give int16 HU, to be augmented and windowed by :meth:`finished`: on a GPU
+                in a fraction of a worker's time, and after a transfer of half the bytes.
         """
         self.cohort = cohort
         self.records = list(records)
@@ -96,30 +93,36 @@ class CohortDataset(Dataset[Sample]):
         self.windows_hu = windows_hu or cohort.volume_config.windows_hu
         self.seed = seed
         self.epoch = epoch
-        self.num_replaced = 0
+        self.finish_later = finish_later
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        record, voxels = self._read(index)
-        volume = torch.from_numpy(voxels)
+        record = self.records[index]
+        volume = torch.from_numpy(self.cohort.read(record.volume_id))
+        draw = (self.seed, self.epoch, index)
+        if not self.finish_later:
+            volume = self._finish(volume, draw)
+        return Sample(volume, record, self.cohort.study_index[record.study_id], draw)
+
+    def _finish(self, volume_hu: Tensor, draw: tuple[int, int, int]) -> Tensor:
+        """Augment and window one volume, where it is."""
         if self.augment is not None:
             from ctclip.data.augment import augment
 
-            volume = augment(volume, self.augment, (self.seed, self.epoch, index))
-        study = self.cohort.study_index[record.study_id]
-        return Sample(window(volume, self.windows_hu), record, study)
+            volume_hu = augment(volume_hu, self.augment, draw)
+        return window(volume_hu, self.windows_hu)
 
-    def _read(self, index: int) -> tuple[VolumeRecord, np.ndarray]:
-        for step in range(len(self.records)):
-            record = self.records[(index + step) % len(self.records)]
-            try:
-                return record, self.cohort.read(record.volume_id)
-            except CorruptVolumeError as error:
-                logger.warning("%s; used the next volume instead", error)
-                self.num_replaced += 1
-        raise CorruptVolumeError(f"every volume in {self.cohort.path} is damaged")
+    def finished(self, batch: Batch, device: torch.device) -> Batch:
+        """A batch ready for the model: augmented and windowed on ``device`` if it isn't yet."""
+        if not self.finish_later:
+            return batch
+        volumes = [
+            self._finish(hu.to(device, non_blocking=True), draw)
+            for hu, draw in zip(batch.volume, batch.draws, strict=True)
+        ]
+        return replace(batch, volume=torch.stack(volumes))
 
 
 def collate(samples: Iterable[Sample]) -> Batch:
@@ -130,6 +133,7 @@ def collate(samples: Iterable[Sample]) -> Batch:
         [sample.record for sample in samples],
         torch.tensor([sample.study for sample in samples], dtype=torch.int64),
         torch.tensor([sample.record.label_row() for sample in samples], dtype=torch.float32),
+        [sample.draw for sample in samples],
     )
 
 

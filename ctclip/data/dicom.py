@@ -17,6 +17,7 @@ import numpy as np
 from ctclip.data.geometry import MIN_SLICES
 from ctclip.data.nifti import StoredVolume
 from ctclip.data.problems import Level, Note, VolumeError
+from ctclip.progress import track
 
 SPACING_TOLERANCE = 0.05
 """Relative jitter between slice positions; tables move by less, a missing slice by 1.0."""
@@ -158,8 +159,15 @@ def read(path: Path, series: str | None = None) -> StoredVolume:
     return StoredVolume(voxels, affine, notes=notes)
 
 
-def find_series(path: Path, notes: list[Note] | None = None) -> list[Series]:
+def find_series(
+    path: Path, notes: list[Note] | None = None, *, show_progress: bool = False
+) -> list[Series]:
     """List every CT series below a folder, localizers and repeated files left out.
+
+    Args:
+        path: Folder, searched at any depth, or one file.
+        notes: Where what was left out is noted.
+        show_progress: Say how many headers were read; an archive has a million.
 
     Raises:
         VolumeError: If there is no DICOM file, or none of them is a CT image.
@@ -168,10 +176,10 @@ def find_series(path: Path, notes: list[Note] | None = None) -> list[Series]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     slices: list[Slice] = []
     dropped: Counter[str] = Counter()
-    for file in files:
+    for file in track(files, len(files), "read headers", "file", hidden=not show_progress):
         slices += _read_header(file, dropped, notes)
-    if not slices and not dropped:
-        raise VolumeError(path, "no-dicom", "no DICOM files found")
+    if not slices and set(dropped) <= {"not DICOM"}:
+        raise VolumeError(path, "no-dicom", f"no DICOM file among {len(files)} files")
     unique = {(one.sop_uid or str(one.file), one.frame): one for one in slices}
     if len(unique) < len(slices):
         text = f"{len(slices) - len(unique)} files are copies of another (same SOP UID); ignored"

@@ -100,12 +100,24 @@ def describe(affine: np.ndarray) -> list[Note]:
     degrees = float(np.degrees(np.arccos(cosine)))
     if degrees > OBLIQUE_DEGREES:
         text = f"grid is up to {degrees:.1f} degrees off the body's axes; kept the closest axes"
-        notes.append(Note("oblique", text))
+        notes.append(Note("oblique", text, "note"))
     steps = spacing_mm(affine)
     if codes[int(np.argmax(steps))] not in "IS" and max(steps) > 1.3 * sorted(steps)[1]:
         text = "thickest axis is not head-foot: a coronal or sagittal reformat"
-        notes.append(Note("reformat", text))
+        notes.append(Note("reformat", text, "note"))
     return notes
+
+
+def handedness(affine: np.ndarray) -> list[Note]:
+    """Note axes that form a left-handed system: readers that ignore the affine mirror such a scan.
+
+    Args:
+        affine: ``(4, 4)`` from the file's own (i, j, k) to RAS mm.
+    """
+    if np.linalg.det(affine[:3, :3]) > 0:
+        return []
+    text = "stored left-handed; read by its affine, so that left stays left"
+    return [Note("left-handed", text, "note")]
 
 
 def unshear(

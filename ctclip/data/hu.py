@@ -109,6 +109,16 @@ def check_values(path: Path, hu: np.ndarray) -> list[Note]:
     return not_hu(values)
 
 
+def describe_padding(hu: np.ndarray) -> list[Note]:
+    """Say how much of a scan is out-of-field padding, which becomes air when it is resampled."""
+    values = sample(hu)
+    share = float((values < PADDING_BELOW_HU).mean())
+    if share == 0:
+        return []
+    text = f"{100 * share:.1f} % is padding (down to {values.min():g}); becomes air"
+    return [Note("padding", text)]
+
+
 def is_hu(values: np.ndarray) -> bool:
     """Whether a sample of voxels looks like HU of a body: air near -1000, tissue near 0."""
     body = values[values > PADDING_BELOW_HU]
@@ -132,7 +142,7 @@ def not_hu(values: np.ndarray) -> list[Note]:
     if offset is not None:
         text = (
             f"values from {low:g} to {high:g}: HU stored with an offset of about {offset}; "
-            f"if so, give rescale 1,{-offset}"
+            f"if so, prepare with --rescale 1 {-offset}"
         )
         return [Note("hu-offset", text, "hold")]
     text = f"values from {low:g} to {high:g} hold no air below -500: not HU, or no lung and no air"

@@ -70,12 +70,17 @@ class InspectResult:
         return zip(self.volume.hu.shape, self.volume.spacing_mm, strict=True)
 
 
-def inspect(path: str | Path, series: str | None = None) -> InspectResult:
+def inspect(
+    path: str | Path,
+    series: str | None = None,
+    rescale: tuple[float, float] | None = None,
+) -> InspectResult:
     """Read and check one scan or DICOM folder; a bad scan gives a result with its error.
 
     Args:
         path: A scan, or a folder of DICOM files.
         series: SeriesInstanceUID to take from a folder.
+        rescale: Slope and intercept, applied only if the file does not hold HU.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
@@ -85,7 +90,7 @@ def inspect(path: str | Path, series: str | None = None) -> InspectResult:
     try:
         if path.is_dir():
             result.series = [one.describe() for one in dicom.find_series(path)]
-        result.volume = read(path, series=series)
+        result.volume = read(path, series=series, rescale=rescale)
     except VolumeError as error:
         result.error = error
         return result
@@ -103,7 +108,7 @@ def render(result: InspectResult) -> "RenderableType":
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in result.facts():
         facts.add_row(Text(name, style="bold"), Text(value))
-    styles = {"info": "dim", "warn": "yellow", "hold": "bold red"}
+    styles = {"info": "dim", "note": "cyan", "warn": "yellow", "hold": "bold red"}
     lines = [
         Text(f"{note.level:>4}  {note.text}  [{note.code}]", style=styles[note.level])
         for note in result.notes
@@ -111,7 +116,8 @@ def render(result: InspectResult) -> "RenderableType":
     if result.error is not None:
         verdict = Text(f"refused: {result.error.detail} [{result.error.code}]", style="bold red")
     elif not result.is_usable:
-        verdict = Text("held back: say how to read it, or accept it by its code", style="bold red")
+        text = "held back: say how to read it (--rescale), or take it as it is (--accept CODE)"
+        verdict = Text(text, style="bold red")
     elif any(note.level == "warn" for note in result.notes):
         verdict = Text("usable, with warnings", style="yellow")
     else:

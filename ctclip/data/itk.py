@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ctclip.data.geometry import handedness
 from ctclip.data.nifti import BOMB_BYTES, MAX_INFLATION, MAX_VOXELS, StoredVolume
 from ctclip.data.problems import Note, VolumeError
 
@@ -56,7 +57,8 @@ def read(path: Path, *, max_voxels: int = MAX_VOXELS) -> StoredVolume:
         text = "no orientation in the header; assumed LPS"
         notes.append(Note("no-orientation", text, "warn"))
     voxels = SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
-    return StoredVolume(voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps, notes=notes)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    return StoredVolume(voxels, affine, notes=notes + handedness(affine))
 
 
 def _bytes_per_voxel(pixel_id: int) -> int:

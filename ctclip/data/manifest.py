@@ -1,8 +1,9 @@
 """One record per volume, and the CSV that a user writes to bring a cohort of their own.
 
-patient ⊃ study (one exam, one report) ⊃ volume (one reconstruction). A table must be right: a bad
-label, a path outside the data folder or an unknown column stops the command and names its line. A
-file may be missing: its row is left out and comes back as a problem for the ledger.
+patient ⊃ study (one exam, one report) ⊃ volume (one reconstruction). A column that is not known, or
+a label or split that is none, stops the command and names its lines: the table was written for
+something else. A row may be bad (no patient, a path outside the data folder, no such file): it is
+left out and comes back as a problem for the ledger, with its line.
 """
 
 import csv
@@ -37,6 +38,10 @@ META_COLUMNS = (
 )
 """Columns kept as ``meta`` under their own name; any other needs the prefix ``meta_``."""
 
+READING_COLUMNS = ("series", "rescale_slope", "rescale_intercept", "spacing_mm")
+"""Columns that say how a scan is read: which DICOM series, how stored numbers become HU (applied
+only where the file does not hold HU), and the spacing to compare with the file's (``D H W``)."""
+
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz", ".dcm")
 
 _SAFE_ID = re.compile(r"[^\x00-\x1f/\\:*?\"<>|]{1,200}")
@@ -63,10 +68,10 @@ class VolumeRecord:
 
     meta: dict[str, str] = field(default_factory=dict)
     rescale: tuple[float, float] | None = None
-    """Slope and intercept of a metadata table, applied only if the file does not hold HU."""
+    """Slope and intercept of a table, applied only if the file does not hold HU."""
 
     spacing_mm: tuple[float, float, float] | None = None
-    """Spacing (D, H, W) of a metadata table, compared with the file's."""
+    """Spacing (D, H, W) of a table, compared with the file's."""
 
     series: str | None = None
     """SeriesInstanceUID, where the path is a DICOM folder with several."""
@@ -125,8 +130,8 @@ def read_manifest(
 
     Columns: ``patient_id``, ``study_id``, ``path``; optionally ``volume_id`` (else the file's
     stem), ``split`` (else by a hash of the patient, 80/10/10), ``report`` or ``findings`` and
-    ``impression``, any of the 18 findings (1, 0 or empty), ``sex``, ``age``, ``hospital`` and the
-    like, and ``meta_…`` for anything else.
+    ``impression``, any of the 18 findings (1, 0 or empty), :data:`READING_COLUMNS`, ``sex``,
+    ``age``, ``hospital`` and the like, and ``meta_…`` for anything else.
 
     Args:
         path: ``.csv``, ``.csv.gz`` or ``.parquet``.
@@ -136,7 +141,8 @@ def read_manifest(
         Usable records, and problems of rows that were left out or changed.
 
     Raises:
-        ManifestError: If the table is malformed; every bad line is named.
+        ManifestError: If a column is missing or unknown, or a label or split is none of the known
+            values; every such line is named.
         FileNotFoundError: If there is no such file.
     """
     path = Path(path)
@@ -145,25 +151,19 @@ def read_manifest(
     table.require(("patient_id", "study_id", "path"))
     _refuse_unknown_columns(table)
     errors: list[str] = []
-    problems: list[Problem] = []
+    problems = list(table.malformed)
     counts: Counter[str] = Counter()
-    records = []
+    found: list[tuple[Row, VolumeRecord]] = []
     for row in table.rows:
-        record = _record(table, row, root, errors, counts)
-        if record is None:
-            continue
-        if record.path is not None and not record.path.exists():
-            where, detail = f"{path}:{row.line}", f"no file at {record.path}"
-            problems.append(Problem(where, "refused", "missing-file", detail, record.volume_id))
-            continue
-        records.append(record)
+        record = _record(table, row, root, errors, problems, counts)
+        if record is not None:
+            found.append((row, record))
     raise_all(path, errors)
+    records = _one_row_each(table, found, problems)
     if "split" not in table.columns:
         detail = "no column 'split': patients were assigned by hash, 80/10/10"
         problems.append(Problem(str(path), "warned", "split-assigned", detail))
-    problems += text_problems(path, counts)
-    records, repeated = drop_repeated(path, records)
-    return records, problems + repeated
+    return records, problems + text_problems(path, counts)
 
 
 def text_problems(path: Path, counts: Counter[str]) -> list[Problem]:
@@ -185,6 +185,7 @@ def _refuse_unknown_columns(table: Table) -> None:
         "report",
         "findings",
         "impression",
+        *READING_COLUMNS,
         *META_COLUMNS,
         *FINDINGS,
     }
@@ -195,31 +196,31 @@ def _refuse_unknown_columns(table: Table) -> None:
         raise ManifestError(
             f"{table.path} line 1: unknown column {', '.join(map(repr, unknown))}; expected "
             "patient_id, study_id, path, volume_id, split, report, findings, impression, "
-            f"{', '.join(META_COLUMNS)}, the finding names, or meta_…"
+            f"{', '.join((*READING_COLUMNS, *META_COLUMNS))}, the finding names, or meta_…"
         )
 
 
 def _record(
-    table: Table, row: Row, root: Path, errors: list[str], counts: Counter[str]
+    table: Table,
+    row: Row,
+    root: Path,
+    errors: list[str],
+    problems: list[Problem],
+    counts: Counter[str],
 ) -> VolumeRecord | None:
-    num_errors = len(errors)
-    for column in ("patient_id", "study_id"):
-        if not row.get(column):
-            errors.append(f"line {row.line}: {column} is empty")
+    """One row's record; None where it can't be used, with the reason among the problems."""
     scan = inside(root, row.get("path")) if row.get("path") else None
-    if row.get("path") and scan is None:
-        errors.append(
-            f"line {row.line}: path {row.get('path')!r} leads outside {root}; "
-            "give --root <folder that holds all scans>"
-        )
     volume_id = row.get("volume_id") or volume_stem(row.get("path")) or row.get("study_id")
-    if not is_safe_id(volume_id):
-        errors.append(f"line {row.line}: volume_id {volume_id!r} can't name a file")
     split = row.get("split") or split_of(row.get("patient_id"))
     if split not in get_args(Split):
         errors.append(f"line {row.line}: split {split!r}; expected train, valid or test")
     labels = parse_labels(table, row, errors)
-    if len(errors) > num_errors:
+    try:
+        rescale, spacing_mm = _rescale(row), _spacing(row)
+        _check_row(row, root, scan, volume_id)
+    except _BadRow as bad:
+        known = volume_id if is_safe_id(volume_id) else ""
+        problems.append(table.refused(row, bad.code, bad.detail, known))
         return None
     findings, impression = (
         report.split_sections(report.clean(row.get("report"), counts))
@@ -241,7 +242,64 @@ def _record(
         impression=report.clean(row.get("impression"), counts) or impression,
         labels=labels,
         meta=meta,
+        rescale=rescale,
+        spacing_mm=spacing_mm,
+        series=row.get("series") or None,
     )
+
+
+class _BadRow(Exception):
+    """Why one row can't be used."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        self.code, self.detail = code, detail
+
+
+def _check_row(row: Row, root: Path, scan: Path | None, volume_id: str) -> None:
+    for column in ("patient_id", "study_id"):
+        if not row.get(column):
+            raise _BadRow("no-id", f"{column} is empty")
+    if row.get("path") and scan is None:
+        raise _BadRow(
+            "outside-root",
+            f"path {row.get('path')!r} leads outside {root}; give --root <folder that holds all "
+            "scans>",
+        )
+    if not is_safe_id(volume_id):
+        raise _BadRow("unsafe-name", f"volume_id {volume_id!r} can't name a file")
+    if scan is not None and not scan.exists():
+        raise _BadRow("missing-file", f"no file at {scan}")
+
+
+def _numbers(row: Row, columns: Sequence[str], example: str) -> list[float]:
+    """As many numbers as the example has, or none where all cells are empty."""
+    words = [word for column in columns for word in row.get(column).split()]
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        values = [math.nan]
+    if values and not (len(values) == len(example.split()) and all(map(math.isfinite, values))):
+        found = f"{', '.join(columns)}: {' '.join(words)[:40]!r}"
+        raise _BadRow("bad-number", f"{found}; expected numbers such as {example}")
+    return values
+
+
+def _rescale(row: Row) -> tuple[float, float] | None:
+    values = _numbers(row, ("rescale_slope", "rescale_intercept"), "1 -1024")
+    if not values:
+        return None
+    if values[0] == 0:
+        raise _BadRow("bad-number", "rescale_slope is 0")
+    return values[0], values[1]
+
+
+def _spacing(row: Row) -> tuple[float, float, float] | None:
+    values = _numbers(row, ("spacing_mm",), "1.5 0.7 0.7")
+    if not values:
+        return None
+    if min(values) <= 0:
+        raise _BadRow("bad-number", f"spacing_mm {row.get('spacing_mm')!r} is not positive")
+    return values[0], values[1], values[2]
 
 
 def split_of(patient_id: str) -> Split:
@@ -250,28 +308,34 @@ def split_of(patient_id: str) -> Split:
     return next(name for name, end in SPLIT_SHARES if share < end)
 
 
-def drop_repeated(
-    path: Path, records: Sequence[VolumeRecord]
-) -> tuple[list[VolumeRecord], list[Problem]]:
-    """Keep one of identical rows; refuse different rows under one volume id.
-
-    Raises:
-        ManifestError: If one volume has two contradicting rows.
-    """
-    kept: dict[str, VolumeRecord] = {}
-    problems = []
-    for record in records:
-        first = kept.setdefault(record.volume_id, record)
-        if first is record:
+def _one_row_each(
+    table: Table, found: Sequence[tuple[Row, VolumeRecord]], problems: list[Problem]
+) -> list[VolumeRecord]:
+    """Use one of identical rows; refuse a volume whose rows contradict each other."""
+    refused = {problem.volume_id for problem in problems}
+    rows: dict[str, list[tuple[Row, VolumeRecord]]] = {}
+    for row, record in found:
+        rows.setdefault(record.volume_id, []).append((row, record))
+    records = []
+    for volume_id, (first, *more) in rows.items():
+        if volume_id in refused:
+            detail = "another row of this volume is refused"
+            problems.append(table.refused(first[0], "contradiction", detail, volume_id))
             continue
-        if _content(first) != _content(record):
-            raise ManifestError(
-                f"{path}: volume {record.volume_id!r} has two rows that differ; keep one, or give "
-                "each its own volume_id"
+        if any(_content(record) != _content(first[1]) for _, record in more):
+            lines = ", ".join(str(row.line) for row, _ in (first, *more))
+            detail = (
+                f"lines {lines} give volume {volume_id!r} differently; keep one, or give each its "
+                "own volume_id"
             )
-        detail = "the same row twice; used once"
-        problems.append(Problem(str(path), "corrected", "repeated-row", detail, record.volume_id))
-    return list(kept.values()), problems
+            problems.append(table.refused(first[0], "contradiction", detail, volume_id))
+            continue
+        for row, _ in more:
+            detail = f"the same row as line {first[0].line}; used once"
+            where = f"{table.path}:{row.line}"
+            problems.append(Problem(where, "corrected", "repeated-row", detail, volume_id))
+        records.append(first[1])
+    return records
 
 
 def _content(record: VolumeRecord) -> VolumeRecord:

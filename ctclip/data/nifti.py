@@ -15,6 +15,7 @@ import numpy as np
 from isal import igzip, isal_zlib  # twice as fast as the standard library, same interface
 from nibabel.spatialimages import HeaderDataError
 
+from ctclip.data.geometry import handedness
 from ctclip.data.problems import Note, VolumeError
 
 MAX_VOXELS = 2**31
@@ -91,7 +92,7 @@ def read(path: Path, *, max_voxels: int = MAX_VOXELS) -> StoredVolume:
         _check_tail(path, data_stream, notes)
     if voxels.ndim == 4:
         voxels = voxels[..., 0]
-    return StoredVolume(voxels, affine, slope, intercept, notes)
+    return StoredVolume(voxels, affine, slope, intercept, notes + handedness(affine))
 
 
 def _open(path: Path, raw: BinaryIO, notes: list[Note]) -> tuple[BinaryIO, BinaryIO]:

@@ -1,16 +1,18 @@
 """What can be wrong with an input: one vocabulary of reason codes for scans and tables.
 
 A reader either raises (the input can't be used) or attaches notes to what it returns. Notes of
-level ``info`` say what was done; ``warn`` says that something was repaired or looks odd; ``hold``
-says that the voxels are intact but can't be trusted as HU, so that the scan stays out of a cohort
-until the user decides. Everything above ``info`` ends in the ledger.
+level ``info`` say what was done; ``note`` says that the scan is stored in an unusual but valid way;
+``warn`` that something was repaired or looks odd; ``hold`` that the voxels are intact but can't be
+trusted as HU, so that the scan stays out of a cohort until the user decides. Everything above
+``info`` ends in the ledger.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Level = Literal["info", "warn", "hold"]
+Level = Literal["info", "note", "warn", "hold"]
+Status = Literal["refused", "corrected", "warned", "noted"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Problem:
     path: str
     """The file, and for a table its line (``labels.csv:418``)."""
 
-    status: Literal["refused", "corrected", "warned", "noted"]
+    status: Status
     """``refused`` never reaches a batch; the others do. ``noted`` is for counts, not for worry."""
 
     code: str

@@ -115,10 +115,12 @@ def read_rad_chestct(
     root = Path(root)
     labels: dict[str, dict[str, float]] = {}
     patients: dict[str, str] = {}
+    problems: list[Problem] = []
     for path in sorted(root.rglob("*.csv")):
         table = read_table(path)
         if "NoteAcc_DEID" not in table.columns:
             continue
+        problems += table.malformed
         if "MRN_DEID" in table.columns:
             patients |= {row.cells["NoteAcc_DEID"]: row.cells["MRN_DEID"] for row in table.rows}
         elif any("*" in column for column in table.columns):
@@ -129,7 +131,7 @@ def read_rad_chestct(
             f"{root}: found {len(volumes)} volumes and {len(labels)} label rows; expected files "
             "like trn00001.npz, and a CSV with NoteAcc_DEID and columns like nodule*lung"
         )
-    records, problems = [], []
+    records = []
     for name in sorted(labels.keys() - volumes.keys()):
         detail = "in the label table, but there is no such volume"
         problems.append(Problem(str(root), "refused", "missing-file", detail, name))

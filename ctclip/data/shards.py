@@ -16,6 +16,7 @@ from typing import Any
 
 from ctclip.data.cohort import PreparedCohort
 from ctclip.data.storage import checksum
+from ctclip.progress import track
 
 SHARD_BYTES = 2**30
 """Large enough to stream at full speed, small enough to copy again."""
@@ -47,7 +48,7 @@ def pack(cohort: PreparedCohort, url: str, *, shard_bytes: int = SHARD_BYTES) ->
         shard_bytes: No shard grows beyond this size, unless one volume does.
 
     Returns:
-        The URL of the packed cohort, for :func:`ctclip.data.shards.open_packed`.
+        The URL of the packed cohort, for ``PreparedCohort.open``.
     """
     import fsspec
 
@@ -57,7 +58,7 @@ def pack(cohort: PreparedCohort, url: str, *, shard_bytes: int = SHARD_BYTES) ->
     rows: list[tuple[str, str, int, int]] = []
     shard = bytearray()
     number = 0
-    for record in cohort.records:
+    for record in track(cohort.records, len(cohort.records), "pack", "volume"):
         frame = cohort.frame(record.volume_id)
         if shard and len(shard) + len(frame) > shard_bytes:
             _write_shard(filesystem, f"{root}/{number:05d}.shard", shard)
@@ -66,8 +67,9 @@ def pack(cohort: PreparedCohort, url: str, *, shard_bytes: int = SHARD_BYTES) ->
         rows.append((record.volume_id, f"{number:05d}.shard", len(shard), len(frame)))
         shard += frame
     _write_shard(filesystem, f"{root}/{number:05d}.shard", shard)
-    for name in ("recipe.yaml", "manifest.csv"):
-        filesystem.pipe_file(f"{root}/{name}", (cohort.path / name).read_bytes())
+    for name in ("recipe.yaml", "manifest.csv", "ledger.csv", "summary.json"):
+        if (cohort.path / name).exists():
+            filesystem.pipe_file(f"{root}/{name}", (cohort.path / name).read_bytes())
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(
         [("volume_id", "shard", "offset", "length"), *rows]
@@ -115,4 +117,4 @@ def open_packed(url: str) -> PreparedCohort:
         row["volume_id"]: (row["shard"], int(row["offset"]), int(row["length"]))
         for row in csv.DictReader(io.StringIO(text))
     }
-    return cohort.stored_in(ShardStore(filesystem, root, ranges))
+    return cohort.stored_in(ShardStore(filesystem, root, ranges), Path(root))

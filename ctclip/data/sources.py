@@ -1,6 +1,7 @@
 """Whatever a user points at becomes records: a manifest, a data set, DICOM, plain files."""
 
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,27 @@ from ctclip.data.manifest import VolumeRecord, is_safe_id, read_manifest, split_
 from ctclip.data.problems import ManifestError, Note, Problem, VolumeError
 from ctclip.data.table import read_table
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["auto", "manifest", "ct-rate", "rad-chestct", "dicom", "files"]
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz")
+
+ACCEPTED = (
+    "a manifest (.csv, .csv.gz or .parquet with patient_id, study_id and path), a folder of "
+    "CT-RATE or RAD-ChestCT with its tables, DICOM files in folders of any nesting, or scans "
+    f"({', '.join(SCAN_SUFFIXES)})"
+)
+"""What a source may be, for messages."""
+
+NAMES: dict[Kind, str] = {
+    "manifest": "a manifest",
+    "ct-rate": "CT-RATE",
+    "rad-chestct": "RAD-ChestCT",
+    "dicom": "DICOM",
+    "files": "scans without a table, one patient each",
+}
 
 
 def read_source(
@@ -27,7 +45,7 @@ def read_source(
     """Turn a source into records.
 
     Args:
-        path: A manifest (CSV or Parquet), one scan, or a folder.
+        path: A manifest (CSV or Parquet) or the folder that holds it, one scan, or a folder.
         kind: What it is; ``auto`` finds out.
         root: For a manifest, the folder that its paths are relative to.
         variant: For RAD-ChestCT, the mapping of labels.
@@ -42,9 +60,11 @@ def read_source(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"nothing at {path}")
-    match detect(path) if kind == "auto" else kind:
+    kind = detect(path) if kind == "auto" else kind
+    logger.info("reading %s as %s", path, NAMES[kind])
+    match kind:
         case "manifest":
-            return read_manifest(path, root)
+            return read_manifest(_manifest_in(path), root)
         case "ct-rate":
             return ct_rate.read_ct_rate(path)
         case "rad-chestct":
@@ -61,6 +81,8 @@ def detect(path: Path) -> Kind:
         return "manifest" if path.name.lower().endswith(TABLE_SUFFIXES) else "files"
     for table in _tables(path):
         columns = _columns(table)
+        if {"patient_id", "study_id", "path"} <= set(columns):
+            return "manifest"
         if "VolumeName" in columns:
             return "ct-rate"
         if "NoteAcc_DEID" in columns:
@@ -69,7 +91,18 @@ def detect(path: Path) -> Kind:
 
 
 def _tables(folder: Path) -> Iterator[Path]:
-    return itertools.chain(folder.rglob("*.csv"), folder.rglob("*.csv.gz"))
+    return itertools.chain(sorted(folder.rglob("*.csv")), sorted(folder.rglob("*.csv.gz")))
+
+
+def _manifest_in(path: Path) -> Path:
+    """The one manifest in a folder: scans beside a manifest must not lose their labels."""
+    if path.is_file():
+        return path
+    found = [table for table in _tables(path) if "patient_id" in _columns(table)]
+    if len(found) != 1:
+        names = ", ".join(str(table) for table in found) or "none"
+        raise ManifestError(f"{path}: expected one manifest, found {names}; give its path")
+    return found[0]
 
 
 def _columns(path: Path) -> tuple[str, ...]:
@@ -92,7 +125,7 @@ def _plain_files(path: Path) -> tuple[list[VolumeRecord], list[Problem]]:
     """Scans without a table, each taken for a patient of its own: enough to score or embed them."""
     files = [path] if path.is_file() else sorted(_scans(path))
     if not files:
-        raise ManifestError(f"{path}: no scan ({', '.join(SCAN_SUFFIXES)})")
+        raise ManifestError(f"{path}: no scan in it ({', '.join(SCAN_SUFFIXES)})")
     records = []
     seen: dict[str, Path] = {}
     for file in files:
@@ -120,8 +153,10 @@ def _dicom_studies(folder: Path) -> tuple[list[VolumeRecord], list[Problem]]:
     """One volume per study, by :func:`ctclip.data.dicom.best_series`; the rest is ledgered."""
     notes: list[Note] = []
     try:
-        found = dicom.find_series(folder, notes)
+        found = dicom.find_series(folder, notes, show_progress=True)
     except VolumeError as error:
+        if error.code == "no-dicom":
+            raise ManifestError(f"{folder}: nothing to prepare; expected {ACCEPTED}") from None
         raise ManifestError(str(error)) from None
     problems = [
         Problem(str(folder), "warned", note.code, note.text)

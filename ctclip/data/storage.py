@@ -1,6 +1,7 @@
 """Files that are complete or absent: atomic writes, and the compressed form of one volume."""
 
 import csv
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,13 @@ import numpy as np
 
 CHUNK = (48, 96, 96)
 """Voxels per compressed chunk (0.9 MB): a crop reads the chunks it touches and nothing else."""
+
+CHUNK_CHECKSUMS = "crc32"
+"""Metadata of a frame: the checksum of each of its compressed chunks, in order."""
+
+
+class DamagedFrameError(ValueError):
+    """A chunk of a compressed volume doesn't match its checksum, or can't be found."""
 
 
 def write_bytes(folder: Path, name: str, data: bytes) -> None:
@@ -63,6 +71,9 @@ def compress(voxels: np.ndarray) -> bytes:
             "nthreads": 1,
         },
     )
+    array.schunk.vlmeta[CHUNK_CHECKSUMS] = [
+        checksum(array.schunk.get_chunk(number)) for number in range(array.schunk.nchunks)
+    ]
     return array.to_cframe()
 
 
@@ -71,6 +82,46 @@ def decompress(frame: bytes) -> np.ndarray:
     import blosc2
 
     return blosc2.ndarray_from_cframe(frame)[...]
+
+
+def read_box(source: Path | bytes, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """A box of one volume; only the chunks that it touches are read, verified and decompressed.
+
+    Args:
+        source: A file, or a frame whose bytes are verified already.
+        start: First voxel (d, h, w).
+        size: Voxels (d, h, w).
+
+    Raises:
+        DamagedFrameError: If the bytes are not those of :func:`compress`.
+        OSError: If the file can't be read.
+    """
+    import blosc2
+
+    box = tuple(slice(first, first + num) for first, num in zip(start, size, strict=True))
+    if isinstance(source, bytes):
+        return blosc2.ndarray_from_cframe(source)[box]
+    with source.open("rb"):  # blosc2 says "RuntimeError" of a missing file and of a damaged one
+        pass
+    try:
+        array = blosc2.open(str(source), mode="r")
+        expected = array.schunk.vlmeta[CHUNK_CHECKSUMS]
+        for number in _touched(box, array.shape, array.chunks):
+            if checksum(array.schunk.get_chunk(number)) != expected[number]:
+                raise DamagedFrameError(f"{source}: chunk {number}")
+        return array[box]
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DamagedFrameError(f"{source}: {error}") from None
+
+
+def _touched(box: Sequence[slice], shape: Sequence[int], chunks: Sequence[int]) -> Iterable[int]:
+    """Numbers of the chunks that a box overlaps, in the frame's C order."""
+    grid = [-(-num // chunk) for num, chunk in zip(shape, chunks, strict=True)]
+    ranges = [
+        range(side.start // chunk, -(-side.stop // chunk))
+        for side, chunk in zip(box, chunks, strict=True)
+    ]
+    return (int(np.ravel_multi_index(place, grid)) for place in itertools.product(*ranges))
 
 
 def checksum(data: bytes) -> int:

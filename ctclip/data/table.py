@@ -2,16 +2,20 @@
 
 pandas guesses: "NaN" becomes a float, a stray quote swallows a row, a Latin-1 byte kills the file
 without naming it. Reports and labels deserve better, so tables are read as they are written.
+
+A bad *table* raises: what is wrong with it (its encoding, its quotes, its columns, the values that
+its labels use) puts every row in doubt. A bad *row* does not: it is kept apart with its line, ends
+in the ledger, and takes its volume out of the cohort.
 """
 
 import csv
 import gzip
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctclip.data.problems import ManifestError
+from ctclip.data.problems import ManifestError, Problem
 
 MAX_SHOWN = 10
 """Errors listed in one message; the rest are counted."""
@@ -37,6 +41,13 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
+    malformed: tuple[Problem, ...] = ()
+    """Rows whose cells can't be told apart, for the ledger."""
+
+    def refused(self, row: Row, code: str, detail: str, volume_id: str = "") -> Problem:
+        """The ledger's entry for a row that can't be used."""
+        return Problem(f"{self.path}:{row.line}", "refused", code, detail, volume_id)
+
     def require(self, columns: Iterable[str]) -> None:
         """Check that columns exist.
 
@@ -59,8 +70,8 @@ def read_table(path: Path) -> Table:
     """Read a ``.csv``, ``.csv.gz`` or ``.parquet`` file.
 
     Raises:
-        ManifestError: If the file is empty, not UTF-8, has unbalanced quotes, ragged rows,
-            repeated columns, or no rows.
+        ManifestError: If the file is empty, not UTF-8, has unbalanced quotes, repeated columns,
+            or no rows.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
@@ -91,23 +102,36 @@ def _parse(path: Path, text: str) -> Table:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
-        rows = []
+        rows: list[Row] = []
+        malformed: list[Problem] = []
+        before = reader.line_num
         for cells in reader:
+            line, before = before + 1, reader.line_num
             if not any(cells):
                 continue
-            if len(cells) != len(header):
+            if len(cells) == len(header):
+                values = (cell.strip() for cell in cells)
+                rows.append(Row(line, dict(zip(header, values, strict=True))))
+                continue
+            counted = f"{len(cells)} cells, the header has {len(header)}"
+            if reader.line_num > line:
                 raise ManifestError(
-                    f"{path} line {reader.line_num}: {len(cells)} cells, the header has "
-                    f"{len(header)}; an unquoted comma or an unbalanced quote?"
+                    f"{path} line {line}: {counted}, up to line {reader.line_num}; an unbalanced "
+                    "quote joins these lines"
                 )
-            values = (cell.strip() for cell in cells)
-            rows.append(Row(reader.line_num, dict(zip(header, values, strict=True))))
+            detail = f"{counted}; an unquoted comma?"
+            malformed.append(Problem(f"{path}:{line}", "refused", "malformed-row", detail))
     except csv.Error as error:
         raise ManifestError(
             f"{path} line {reader.line_num}: {error}; an unbalanced quote? Write a quote inside "
             'a cell as ""'
         ) from None
-    return _checked(path, header, rows)
+    if len(malformed) > len(rows):
+        raise ManifestError(
+            f"{malformed[0].path}: {malformed[0].detail} In all {len(malformed)} of "
+            f"{len(malformed) + len(rows)} rows do not fit the header"
+        )
+    return _checked(path, header, rows, malformed)
 
 
 def _read_parquet(path: Path) -> Table:
@@ -135,17 +159,19 @@ def _cell(value: object) -> str:
     return str(value).strip()
 
 
-def _checked(path: Path, header: list[str], rows: list[Row]) -> Table:
+def _checked(
+    path: Path, header: list[str], rows: list[Row], malformed: Sequence[Problem] = ()
+) -> Table:
     repeated = sorted({column for column in header if header.count(column) > 1})
     if repeated:
         raise ManifestError(f"{path}: column {', '.join(repeated)} appears more than once")
     if not rows:
         raise ManifestError(f"{path}: a header without rows")
-    return Table(path, tuple(header), tuple(rows))
+    return Table(path, tuple(header), tuple(rows), tuple(malformed))
 
 
 def raise_all(path: Path, errors: list[str]) -> None:
-    """Report every bad row at once, so that a table is repaired in one go.
+    """Report every bad value at once, so that a table is repaired in one go.
 
     Raises:
         ManifestError: If there are any errors.
@@ -153,4 +179,4 @@ def raise_all(path: Path, errors: list[str]) -> None:
     if errors:
         more = f"\n  and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
         shown = "\n  ".join(errors[:MAX_SHOWN])
-        raise ManifestError(f"{path}: {len(errors)} bad row(s)\n  {shown}{more}")
+        raise ManifestError(f"{path}: {len(errors)} bad value(s)\n  {shown}{more}")

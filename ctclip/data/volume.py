@@ -97,8 +97,8 @@ class Volume:
     """What was applied, repaired or noticed, in the order in which it happened."""
 
     def warnings(self) -> list[Note]:
-        """The notes that a user should see."""
-        return [note for note in self.notes if note.level != "info"]
+        """The notes that a user should look into."""
+        return [note for note in self.notes if note.level in ("warn", "hold")]
 
 
 def read(
@@ -148,6 +148,7 @@ def read(
 
     geometry.check_grid(path, voxels.shape, stored.affine)
     notes += hu.check_values(path, voxels)
+    notes += hu.describe_padding(voxels)
     notes += geometry.describe(stored.affine)
     voxels, affine = geometry.orient(voxels, stored.affine)
     voxels, affine, found = geometry.unshear(path, voxels, affine, hu.AIR_HU)

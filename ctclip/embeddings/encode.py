@@ -1,11 +1,12 @@
 """Scans and texts → unit vectors in the model's joint space."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ctclip.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,10 +102,7 @@ def _normalised(vectors: "Tensor") -> np.ndarray:
 
 
 def progress(items: Iterable[Any], total: int, what: str, unit: str) -> Iterable[Any]:
-    """Iterate with a bar on stderr; silent in a log file and on all but the main process."""
-    from tqdm import tqdm
-
+    """Iterate and show how far that is; silent on all but the main process."""
     from ctclip import distributed  # imports torch, which reading a table doesn't need
 
-    hidden = not sys.stderr.isatty() or not distributed.is_main() or total < 2
-    return tqdm(items, total=total, desc=what, unit=unit, disable=hidden)
+    return track(items, total, what, unit, hidden=not distributed.is_main() or total < 2)

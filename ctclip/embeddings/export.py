@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ctclip.data.cohort import CorruptVolumeError, note_unreadable
 from ctclip.embeddings.encode import embed_texts, encode_batch, progress
 from ctclip.embeddings.table import EmbeddingError, EmbeddingTable, Kind, concatenate
 from ctclip.findings import FINDINGS
@@ -45,6 +46,10 @@ def embed_volumes(
 ) -> EmbeddingTable:
     """Embed prepared volumes, once.
 
+    A volume that was damaged or lost after it was prepared gets no row: no other volume can stand
+    in its place here. It is named in the log and, with ``out``, in ``unreadable_volumes.jsonl``
+    beside it.
+
     With ``out``, rows that the file already holds are not computed again, and finished shards
     survive a kill: calling again goes on where it was. Under ``torchrun`` or ``deepspeed`` the
     processes share the work and every one returns the whole table.
@@ -61,11 +66,11 @@ def embed_volumes(
             ``impression``. Nothing that isn't listed gets into the table.
 
     Returns:
-        One row per record, in order.
+        One row per record that could be read, in order.
 
     Raises:
         EmbeddingError: If the cohort was prepared differently from what the model was trained
-            on, or ``out`` is of another model or carries other fields.
+            on, ``out`` is of another model or carries other fields, or no volume can be read.
     """
     import torch
 
@@ -94,14 +99,17 @@ def embed_volumes(
         batch_size=batch_size,
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
-        collate_fn=torch.stack,
+        collate_fn=list,
     )
     rows: list[EmbeddingTable] = []
     start = 0
     with torch.inference_mode():
-        for hu in progress(batches, len(batches), "embed", "batch"):
-            batch = mine[start : start + len(hu)]
-            start += len(hu)
+        for read in progress(batches, len(batches), "embed", "batch"):
+            batch = _readable(mine[start : start + len(read)], read, out)
+            start += len(read)
+            if not batch:
+                continue
+            hu = torch.stack([voxels for voxels in read if isinstance(voxels, torch.Tensor)])
             prompt, report = encode_batch(checkpoint, model, hu.to(device))
             rows.append(_rows(batch, prompt, report, "volume", provenance, fields))
             if shards and sum(map(len, rows)) >= SHARD_ROWS:
@@ -116,11 +124,11 @@ def embed_volumes(
     elif distributed.world_size() > 1:
         done = [table for part in distributed.gather_objects(done) for table in part]
     if not done:
-        raise EmbeddingError("no volumes to embed: the list of records is empty")
+        raise EmbeddingError(f"none of the {len(records)} volumes to embed can be read")
 
     table = concatenate(done)
     row_of = {volume: row for row, volume in enumerate(table.volume_id)}
-    table = table.select([row_of[record.volume_id] for record in records])
+    table = table.select([row_of[r.volume_id] for r in records if r.volume_id in row_of])
     if shards:
         distributed.barrier()  # nobody deletes shards that another process is reading
         if distributed.is_main():
@@ -180,10 +188,30 @@ class _Volumes:
     def __len__(self) -> int:
         return len(self.volume_ids)
 
-    def __getitem__(self, index: int) -> "Tensor":
+    def __getitem__(self, index: int) -> "Tensor | CorruptVolumeError":
         import torch
 
-        return torch.from_numpy(np.asarray(self.cohort.read(self.volume_ids[index])))
+        try:
+            return torch.from_numpy(self.cohort.read(self.volume_ids[index]))
+        except CorruptVolumeError as error:
+            return error
+
+
+def _readable(
+    records: "Sequence[VolumeRecord]",
+    read: "Sequence[Tensor | CorruptVolumeError]",
+    out: str | Path | None,
+) -> "list[VolumeRecord]":
+    """The records whose voxels came; the others are noted."""
+    kept = []
+    for record, voxels in zip(records, read, strict=True):
+        if not isinstance(voxels, CorruptVolumeError):
+            kept.append(record)
+            continue
+        logger.warning("a volume can't be read and is left out: %s", voxels)
+        if out is not None:
+            note_unreadable(Path(out).parent, record.volume_id, voxels)
+    return kept
 
 
 def space_of(checkpoint: "Checkpoint") -> dict[str, str]:

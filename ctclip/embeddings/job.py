@@ -88,6 +88,15 @@ def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
             checkpoint, records, sections=config.sections, device=device, fields=config.fields
         )
         tables["report"].save(config.out / "reports.parquet")
+        tokenizer = checkpoint.tokenizer
+        logger.info(
+            "%d of %d reports are longer than %d tokens; truncation=%s left out %d tokens",
+            tokenizer.truncated,
+            len(tables["report"]),
+            tokenizer.context_length,
+            tokenizer.truncation,
+            tokenizer.tokens_cut,
+        )
     distributed.barrier()
     if distributed.is_main():
         console = Console()

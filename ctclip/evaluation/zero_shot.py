@@ -118,12 +118,14 @@ def run(
             fields=SUBGROUP_FIELDS,
         )
 
+    whole = embedded(chosen)
     parts = None
     if config.patches or config.window:
+        readable = set(whole.volume_id)
         parts = regions.score_records(
             checkpoint,
             prepared,
-            prepared.split(chosen),
+            [record for record in prepared.split(chosen) if record.volume_id in readable],
             prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts)),
             patches=config.patches,
             window=config.window,
@@ -131,7 +133,7 @@ def run(
         )
     table = score_embeddings(
         checkpoint,
-        embedded(chosen),
+        whole,
         config,
         name,
         train=embedded("train") if config.space != "raw" else None,
@@ -218,12 +220,12 @@ def evaluator(
         was_training = model.training
         model.eval()
         try:
-            vectors = _encode(model, cohort, records, config.batch_size, windows)
+            vectors, seen = _encode(model, cohort, records, config.batch_size, windows)
             prompt_vectors = prompts.encode(model, tokenizer, prompt_set, FINDINGS)
         finally:
             model.train(was_training)
         values = scores(vectors, prompt_vectors, 1.0, "cosine-difference")
-        areas = {f: metrics.auroc(labels[:, k], values[:, k]) for k, f in enumerate(FINDINGS)}
+        areas = {f: metrics.auroc(labels[seen, k], values[:, k]) for k, f in enumerate(FINDINGS)}
         measured = {f"zero_shot/{f}": area for f, area in areas.items() if not np.isnan(area)}
         if not measured:
             return {}
@@ -243,18 +245,28 @@ def _encode(
     records: "Sequence[VolumeRecord]",
     batch_size: int,
     windows_hu: tuple[tuple[float, float], ...],
-) -> np.ndarray:
+) -> tuple[np.ndarray, list[int]]:
+    """Embed the volumes that can be read, and say which of the records these are."""
+    from ctclip.data.cohort import CorruptVolumeError
     from ctclip.data.volume import window
 
     device = next(model.parameters()).device
-    parts = []
+    parts, seen = [], []
     with torch.inference_mode():
         for start in range(0, len(records), batch_size):
-            arrays = [cohort.read(r.volume_id) for r in records[start : start + batch_size]]
+            arrays = []
+            for index, record in enumerate(records[start : start + batch_size], start):
+                try:
+                    arrays.append(cohort.read(record.volume_id))
+                    seen.append(index)
+                except CorruptVolumeError as error:
+                    logger.warning("a volume can't be read and is left out: %s", error)
+            if not arrays:
+                continue
             hu = torch.from_numpy(np.stack(arrays)).to(device).float()
             image = window(hu, windows_hu)
             parts.append(model.encode_image(image, normalize=True).float().cpu().numpy())
-    return np.concatenate(parts)
+    return np.concatenate(parts), seen
 
 
 def _has_split(cohort: "PreparedCohort", split: str) -> bool:

@@ -24,6 +24,8 @@ CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"
 BUILTIN_TOKENIZER = Path(__file__).parent / "tokenizer" / "tokenizer.json"
 """Small WordPiece vocabulary of radiology words that ships with the package."""
 
+Truncation = Literal["head", "head-tail", "sample"]
+
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler", "pooler": "cls_pooler"}
 
 
@@ -43,7 +45,12 @@ class TextConfig:
     """CLS token's last state (CT-CLIP's), mean over tokens, or BERT's own pooler layer."""
 
     context_length: int = 512
-    """Longest text in tokens; the tail of longer ones is cut and counted, see ``Tokenizer``."""
+    """Longest text in tokens."""
+
+    truncation: Truncation = "head"
+    """What stays of a longer text: its beginning; its two ends, half and half, which keeps the
+    impression (Sun et al. 2019); or a window drawn anew in every training step (elsewhere the
+    beginning). With ``text.shuffle_sentences`` the beginning is a random choice of sentences."""
 
     dropout: float = 0.1
 
@@ -65,17 +72,42 @@ class TextConfig:
             )
 
 
+@dataclass(frozen=True)
+class TextLengths:
+    """How much of some texts lies beyond a tokenizer's limit."""
+
+    num_texts: int
+    num_truncated: int
+    num_tokens: int
+    num_cut: int
+    """Tokens that are left out."""
+
+    @property
+    def truncated_share(self) -> float:
+        """Of the texts."""
+        return self.num_truncated / max(1, self.num_texts)
+
+    @property
+    def cut_share(self) -> float:
+        """Of the tokens."""
+        return self.num_cut / max(1, self.num_tokens)
+
+
 class Tokenizer:
     """Text to token ids, padded to the longest text of the batch and never further.
 
     Attributes:
         context_length: Longest output in tokens.
+        truncation: What stays of a longer text.
         pad_token_id: Id that fills shorter texts; the text tower masks it.
         vocab_size: Number of ids.
         truncated: How many texts were cut since the tokenizer was made.
+        tokens_cut: How many tokens these lost.
     """
 
-    def __init__(self, tokenizer_json: str, context_length: int = 512) -> None:
+    def __init__(
+        self, tokenizer_json: str, context_length: int = 512, truncation: Truncation = "head"
+    ) -> None:
         """Build from the contents of a ``tokenizer.json``.
 
         Raises:
@@ -94,17 +126,21 @@ class Tokenizer:
         self.pad_token = names[0]
         self.pad_token_id: int = known[self.pad_token]
         self.context_length = context_length
+        self.truncation: Truncation = truncation
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.truncated = 0
-        self._tokenizer.enable_truncation(context_length)
+        self.tokens_cut = 0
+        self._tokenizer.no_truncation()
 
     @classmethod
-    def builtin(cls, context_length: int = 512) -> "Tokenizer":
+    def builtin(cls, context_length: int = 512, truncation: Truncation = "head") -> "Tokenizer":
         """The small radiology vocabulary that ships with the package."""
-        return cls(BUILTIN_TOKENIZER.read_text(encoding="utf-8"), context_length)
+        return cls(BUILTIN_TOKENIZER.read_text(encoding="utf-8"), context_length, truncation)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, context_length: int = 512) -> "Tokenizer":
+    def from_pretrained(
+        cls, name_or_path: str, context_length: int = 512, truncation: Truncation = "head"
+    ) -> "Tokenizer":
         """The tokenizer of a Hugging Face model, by name or local directory.
 
         Raises:
@@ -114,7 +150,8 @@ class Tokenizer:
 
         folder = Path(name_or_path)
         if (folder / "tokenizer.json").is_file():
-            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), context_length)
+            content = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            return cls(content, context_length, truncation)
         if (folder / "vocab.txt").is_file():
             model_type = "cxr-bert"
         else:
@@ -123,18 +160,37 @@ class Tokenizer:
         kind = BertTokenizerFast if model_type == "cxr-bert" else AutoTokenizer
         with _explained(name_or_path, "tokenizer"):
             tokenizer = kind.from_pretrained(name_or_path)
-        return cls(tokenizer.backend_tokenizer.to_str(), context_length)
+        return cls(tokenizer.backend_tokenizer.to_str(), context_length, truncation)
 
     def to_json(self) -> str:
-        """Contents of a ``tokenizer.json`` that rebuilds this tokenizer."""
-        return self._tokenizer.to_str()
+        """Contents of a ``tokenizer.json`` that rebuilds this tokenizer.
 
-    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        Other programs read it too; they cut at the same length, and keep the beginning.
+        """
+        self._tokenizer.enable_truncation(self.context_length)
+        content = self._tokenizer.to_str()
+        self._tokenizer.no_truncation()
+        return content
+
+    def lengths(self, texts: Sequence[str]) -> TextLengths:
+        """Count what truncation takes from texts, without counting them as read."""
+        lengths = [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        beyond = [num - self.context_length for num in lengths if num > self.context_length]
+        return TextLengths(len(lengths), len(beyond), sum(lengths), sum(beyond))
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        context_length: int | None = None,
+        draws: Sequence[float] | None = None,
+    ) -> Tensor:
         """Encode texts.
 
         Args:
             texts: One text or several.
             context_length: Overrides the longest output for this call.
+            draws: One number in [0, 1) per text: where its window lies with
+                ``truncation="sample"``; 0, the beginning, where nothing is given.
 
         Returns:
             ``(B, L)`` int64, L the longest text of this batch including its special tokens.
@@ -147,21 +203,39 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise TypeError(f"expected text, got {type(text).__name__}: {text!r}")
         if context_length is not None and context_length != self.context_length:
-            return Tokenizer(self.to_json(), context_length)(texts)
+            return Tokenizer(self.to_json(), context_length, self.truncation)(texts, draws=draws)
         encodings = self._tokenizer.encode_batch(texts)
-        self.truncated += sum(bool(encoding.overflowing) for encoding in encodings)
-        longest = max((len(encoding.ids) for encoding in encodings), default=0)
-        ids = torch.full((len(texts), longest), self.pad_token_id, dtype=torch.long)
-        for row, encoding in zip(ids, encodings, strict=True):
-            row[: len(encoding.ids)] = torch.tensor(encoding.ids, dtype=torch.long)
+        kept = [
+            self._cut(encoding.ids, encoding.special_tokens_mask, draw)
+            for encoding, draw in zip(encodings, draws or [0.0] * len(texts), strict=True)
+        ]
+        ids = torch.full((len(texts), max(map(len, kept), default=0)), self.pad_token_id)
+        for row, numbers in zip(ids, kept, strict=True):
+            row[: len(numbers)] = torch.tensor(numbers)
         return ids
+
+    def _cut(self, ids: list[int], special: list[int], draw: float) -> list[int]:
+        """At most ``context_length`` ids; what the tokenizer puts around a text stays around it."""
+        excess = len(ids) - self.context_length
+        if excess <= 0:
+            return ids
+        self.truncated += 1
+        self.tokens_cut += excess
+        start, stop = special.index(0), len(ids) - special[::-1].index(0)
+        room = stop - start - excess
+        if self.truncation == "head-tail":
+            gap = start + room - room // 2
+            return ids[:gap] + ids[gap + excess :]
+        skipped = int(draw * (excess + 1)) if self.truncation == "sample" else 0
+        first = start + skipped
+        return ids[:start] + ids[first : first + room] + ids[stop:]
 
 
 def build_tokenizer(config: TextConfig) -> Tokenizer:
     """The tokenizer that belongs to a text config: the named model's or the built-in one."""
     if config.name_or_path is None:
-        return Tokenizer.builtin(config.context_length)
-    return Tokenizer.from_pretrained(config.name_or_path, config.context_length)
+        return Tokenizer.builtin(config.context_length, config.truncation)
+    return Tokenizer.from_pretrained(config.name_or_path, config.context_length, config.truncation)
 
 
 def build_text_tower(

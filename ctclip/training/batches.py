@@ -70,6 +70,9 @@ class StepBuilder:
         studies = [read_study(record) for record in batch.records]
         rows = batch.study.to(torch.int64)
         texts = self._texts(studies, rows, step)
+        draws = [
+            float(np.random.default_rng([self._seed, step, int(row), 1]).random()) for row in rows
+        ]
         size = self._micro_batch_size
         micro_batches = []
         for start in range(0, len(rows), size):
@@ -77,7 +80,7 @@ class StepBuilder:
             keys = {"volume": row_keys(self._seed, step, "volume", rows[cut])}
             tokens = {}
             for view, lines in texts.items():
-                tokens[view] = self._tokenizer(lines[cut]).to(self._device)
+                tokens[view] = self._tokenizer(lines[cut], draws=draws[cut]).to(self._device)
                 keys[view] = row_keys(self._seed, step, view, rows[cut])
             if start + size >= len(rows):
                 pairs = self._pairs(step)

@@ -40,7 +40,13 @@ from ctclip.training.monitor import Monitor, MonitorConfig
 from ctclip.training.objective import LossConfig, Objective
 from ctclip.training.optim import EngineConfig, OptimConfig
 from ctclip.training.stream import StreamDataset, StudyStream, rows_per_rank, stream_loader
-from ctclip.training.text_views import SentenceBank, TextViewConfig, read_study
+from ctclip.training.text_views import (
+    SentenceBank,
+    StudyText,
+    TextViewConfig,
+    read_study,
+    text_lengths,
+)
 from ctclip.training.text_warmup import TextWarmupConfig, prompt_spread, warm_up
 from ctclip.training.towers import Towers
 
@@ -165,7 +171,8 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
         ) as monitor,
     ):
         if job.progress.step == 0:
-            monitor.write(0, {f"text_warmup/{name}": value for name, value in job.warmup.items()})
+            warmup = {f"text_warmup/{name}": value for name, value in job.warmup.items()}
+            monitor.write(0, warmup | job.cut_text)
         for batch, waited_s in job.batches():
             step = job.progress.step
             optim.set_lr(job.engine.optimizer, _lr(config, step))
@@ -246,6 +253,8 @@ class _Job:
     progress: Progress
     device: torch.device
     warmup: dict[str, float]
+    cut_text: dict[str, float]
+    """How much of the training reports the tokenizer leaves out."""
 
     @classmethod
     def prepare(cls, config: PretrainConfig) -> "_Job":
@@ -318,6 +327,7 @@ class _Job:
             progress=Progress(),
             device=device,
             warmup=warmup,
+            cut_text=_cut_text(studies, tokenizer, config.text),
         )
         if checkpoint is not None and source is not None:
             job.restore(checkpoint, source)
@@ -337,7 +347,12 @@ class _Job:
         is_stale = self.progress.is_stale(config.checkpoint)
         records = _with_reports(self.cohort.split("train"), config)
         dataset = CohortDataset(
-            self.cohort, records, config.augment, config.windows_hu, seed=config.seed
+            self.cohort,
+            records,
+            config.augment,
+            config.windows_hu,
+            seed=config.seed,
+            finish_later=self.device.type == "cuda",
         )
         stream = StudyStream(
             records,
@@ -361,7 +376,8 @@ class _Job:
             batch = next(batches, None)
             if batch is None:
                 return
-            yield batch, time.perf_counter() - since
+            waited_s = time.perf_counter() - since
+            yield dataset.finished(batch, self.device), waited_s
 
     def restore(self, checkpoint: Path, source: Path) -> None:
         """Go on from a checkpoint, whose engine state may have been converted elsewhere."""
@@ -521,6 +537,27 @@ def _with_reports(records: list[VolumeRecord], config: PretrainConfig) -> list[V
             f"{config.batch_size}; lower batch_size or prepare more"
         )
     return usable
+
+
+def _cut_text(
+    studies: Sequence[StudyText], tokenizer: Tokenizer, config: TextViewConfig
+) -> dict[str, float]:
+    """Say how much of the training reports lies beyond the tokenizer's limit."""
+    found = text_lengths(studies, tokenizer, config)
+    if distributed.is_main():
+        logger.info(
+            "%d of %d training reports are longer than %d tokens; truncation=%s leaves out "
+            "%.1f %% of all tokens",
+            found.num_truncated,
+            found.num_texts,
+            tokenizer.context_length,
+            tokenizer.truncation,
+            100 * found.cut_share,
+        )
+    return {
+        "text/truncated_share": found.truncated_share,
+        "text/tokens_cut_share": found.cut_share,
+    }
 
 
 def _without_text_training(model: ModelConfig) -> ModelConfig:

@@ -6,7 +6,6 @@ comes once per epoch whatever the batch size, the order is the same on any numbe
 workers, and going on at step ``s`` means starting there.
 """
 
-import json
 import logging
 import signal
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ctclip import distributed
-from ctclip.data.cohort import CorruptVolumeError
+from ctclip.data.cohort import UNREADABLE, CorruptVolumeError, note_unreadable
 from ctclip.data.dataset import Batch, CohortDataset, Sample, collate
 from ctclip.data.manifest import VolumeRecord
+from ctclip.training import resume
 
 logger = logging.getLogger(__name__)
-
-UNREADABLE = "unreadable_volumes.jsonl"
 
 Key = tuple[int, int]
 """Epoch, and index of the volume in the data set."""
@@ -90,7 +88,7 @@ class StreamDataset(Dataset[Sample]):
 
     A volume that can't be read any more is replaced by the next readable one of the cohort. Which
     one that is depends on the index alone, so it is the same wherever the volume was asked for. It
-    is noted in ``unreadable_volumes.jsonl`` of the run folder.
+    is noted in ``unreadable_volumes.jsonl`` of the run folder, in the ledger's columns.
 
     Args:
         dataset: The cohort; its own epoch is set per sample.
@@ -99,7 +97,8 @@ class StreamDataset(Dataset[Sample]):
 
     def __init__(self, dataset: CohortDataset, out: Path) -> None:
         self._dataset = dataset
-        self._path = out / UNREADABLE
+        self._out = out
+        self._noted: set[str] = set()
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
@@ -108,15 +107,18 @@ class StreamDataset(Dataset[Sample]):
             candidate = (index + step) % len(self._dataset)
             try:
                 return self._dataset[candidate]
-            except (CorruptVolumeError, OSError) as error:
+            except CorruptVolumeError as error:
+                last = error
                 self._note(self._dataset.records[candidate], error)
-        raise CorruptVolumeError("no volume of the cohort can be read any more; prepare it again")
+        raise ValueError(f"no volume of the cohort can be read any more, the last: {last}")
 
-    def _note(self, record: VolumeRecord, error: Exception) -> None:
-        logger.warning("a volume can't be read and is replaced (%s): %s", self._path.name, error)
-        line = json.dumps({"volume_id": record.volume_id, "error": str(error)}) + "\n"
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
+    def _note(self, record: VolumeRecord, error: CorruptVolumeError) -> None:
+        if record.volume_id in self._noted:  # in an earlier epoch
+            return
+        self._noted.add(record.volume_id)
+        logger.warning("a volume can't be read and is replaced (%s): %s", UNREADABLE, error)
+        with resume.explained_disk_errors(self._out):
+            note_unreadable(self._out, record.volume_id, error)
 
 
 def stream_loader(

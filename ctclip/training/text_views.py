@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.random import Generator
@@ -20,6 +20,9 @@ from ctclip.data.manifest import VolumeRecord
 from ctclip.data.mentions import Mention, mentions
 from ctclip.data.report import clean, report_text, split_sentences
 from ctclip.findings import FINDINGS
+
+if TYPE_CHECKING:
+    from ctclip.models.text import TextLengths, Tokenizer
 
 TEMPLATES: tuple[tuple[str, str], ...] = (
     ("{} is present.", "{} is not present."),
@@ -165,6 +168,14 @@ def reworded(text: str, share: float, rng: Generator) -> str:
         return other[0].upper() + other[1:] if phrase[0].isupper() else other
 
     return _PHRASE.sub(swap, text)
+
+
+def text_lengths(
+    studies: Iterable[StudyText], tokenizer: "Tokenizer", config: TextViewConfig
+) -> "TextLengths":
+    """Count what the tokenizer's limit takes from the reports, each different one once."""
+    reports = (report_text(s.findings, s.impression, config.sections) for s in studies)
+    return tokenizer.lengths([text for text in dict.fromkeys(reports) if text])
 
 
 def text_id(text: str) -> int:

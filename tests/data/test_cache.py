@@ -79,8 +79,45 @@ def test_a_refused_scan_is_in_the_ledger_and_in_no_split(tmp_path):
         prepared.read("v1")
     summary = json.loads((prepared.path / "summary.json").read_text())
     assert summary["inputs"] == 6
-    assert summary["volumes"] == 4
+    assert summary["volumes"] == summary["used"] == 4
+    assert summary["refused"] == 2
     assert summary["ledger"]["refused: hu-offset"] == 1
+
+
+def test_every_input_is_counted_once_as_used_corrected_or_refused(tmp_path, caplog):
+    caplog.set_level("INFO", "ctclip")
+    manifest = cohort(tmp_path, num=6)
+    (tmp_path / "scans/v1.nii.gz").write_bytes(b"not a scan")
+    plain = save(tmp_path / "scans/v2.nii", chest_hu(seed=2)).read_bytes()
+    (tmp_path / "scans/v2.nii.gz").write_bytes(plain)  # read, with a warning
+    save(tmp_path / "scans/v3.nii.gz", chest_hu(seed=0))  # the same voxels as v0
+    (tmp_path / "scans/v4.nii.gz").unlink()
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines, lines[1], "p9,s9,broken", ""]))
+    records, problems = read_manifest(manifest)
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+
+    summary = json.loads((prepared.path / "summary.json").read_text())
+    assert {r.volume_id for r in prepared.records} == {"v0", "v2", "v5"}
+    # v5 as it is; v0 whose row stands twice and v2 with a warning; v1, v3, v4 and the broken row.
+    assert [summary[key] for key in ("inputs", "used", "corrected", "refused")] == [7, 1, 2, 4]
+    assert summary["inputs"] == summary["used"] + summary["corrected"] + summary["refused"]
+    with (prepared.path / "ledger.csv").open() as file:
+        assert sum(summary["ledger"].values()) == len(list(csv.DictReader(file)))
+    assert "3 of 7 inputs are used (2 of them with a correction or warning), 4 refused" in (
+        caplog.text
+    )
+
+
+def test_how_a_scan_was_stored_is_noted_and_no_worry(tmp_path):
+    manifest = cohort(tmp_path, num=2)
+    save(tmp_path / "scans/v0.nii.gz", chest_hu(seed=0), axes="LAS")
+    save(tmp_path / "scans/v1.nii.gz", chest_hu(seed=1), axes="RAS")
+    records, problems = read_manifest(manifest)
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems, strict=True)
+    rows = (prepared.path / "ledger.csv").read_text()
+    assert "v0,noted,left-handed," in rows
+    assert "v1," not in rows
 
 
 def test_the_user_can_say_how_to_read_a_held_scan(tmp_path):
@@ -120,6 +157,27 @@ def test_a_damaged_cache_file_is_noticed_on_reading(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CorruptVolumeError, match="damaged"):
         prepared.read("v0")
+
+
+def test_a_crop_of_a_damaged_file_is_noticed_where_it_touches_the_damage(tmp_path):
+    records, _ = read_manifest(cohort(tmp_path, num=2))
+    large = VolumeConfig(spacing_mm=(2.5, 2.0, 2.0), size=(96, 96, 96))
+    prepared = prepare(records, tmp_path / "out", large)
+    whole = prepared.read("v0")
+    file = prepared.path / "volumes/v0.b2nd"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 4] ^= 1  # in the first of two chunks
+    file.write_bytes(data)
+    with pytest.raises(CorruptVolumeError, match="damaged-cache"):
+        prepared.read_crop("v0", (0, 0, 0), (8, 8, 8))
+    assert np.array_equal(prepared.read_crop("v0", (60, 5, 5), (8, 8, 8)), whole[60:68, 5:13, 5:13])
+    file.write_bytes(bytes(data[: len(data) // 2]))
+    with pytest.raises(CorruptVolumeError, match="damaged-cache"):
+        prepared.read_crop("v0", (60, 5, 5), (8, 8, 8))
+    file.unlink()
+    for read in (prepared.read, lambda name: prepared.read_crop(name, (0, 0, 0), (8, 8, 8))):
+        with pytest.raises(CorruptVolumeError, match="missing-cache"):
+            read("v0")
 
 
 def test_a_patient_in_two_splits_is_an_error(tmp_path):

@@ -130,8 +130,12 @@ def test_the_tables_spacing_is_checked_against_the_file(tmp_path):
 def test_a_bad_metadata_row_is_named_and_never_evaluated(tmp_path, cells, message):
     release(tmp_path)
     write_csv(tmp_path / "dataset/metadata.csv", METADATA, [["train_1_a_1.nii.gz", *cells]])
-    with pytest.raises(ManifestError, match=f"line 2: .*{message}"):
-        read_ct_rate(tmp_path)
+    records, problems = read_ct_rate(tmp_path)
+    assert [r.volume_id for r in records] == sorted(NAMES[1:])
+    (problem,) = [p for p in problems if p.status == "refused"]
+    assert (problem.code, problem.volume_id) == ("bad-number", "train_1_a_1")
+    assert problem.path.endswith("metadata.csv:2")
+    assert message in problem.detail
 
 
 def test_missing_metadata_cells_mean_not_known(tmp_path):
@@ -149,6 +153,32 @@ def test_missing_metadata_cells_mean_not_known(tmp_path):
 def test_a_folder_that_is_not_ct_rate_says_what_was_expected(tmp_path):
     with pytest.raises(ManifestError, match="expected names like train_1_a_1"):
         read_ct_rate(tmp_path)
+
+
+def test_rows_and_tables_that_contradict_each_other_take_their_volume_out(tmp_path):
+    release(tmp_path)
+    for number, value in enumerate((0, 1)):
+        write_csv(
+            tmp_path / f"dataset/labels_{number}.csv",
+            ["VolumeName", *FINDINGS],
+            [["train_1_a_1.nii.gz", *([value] * 18)]],
+        )
+    write_csv(
+        tmp_path / "dataset/reports.csv",
+        REPORT,
+        [["train_2_a_1.nii.gz", "", "", text, ""] for text in ("Nodule.", "No nodule.")],
+    )
+    records, problems = read_ct_rate(tmp_path)
+    refused = {p.volume_id for p in problems if p.code == "contradiction"}
+    assert refused == {"train_1_a_1", "train_2_a_1"}
+    assert {r.volume_id for r in records} == set(NAMES) - refused
+
+
+def test_a_path_in_place_of_a_name_is_refused(tmp_path):
+    release(tmp_path)
+    write_csv(tmp_path / "dataset/more.csv", REPORT, [["../../etc/x.nii.gz", "", "", "a", "b"]])
+    _, problems = read_ct_rate(tmp_path)
+    assert [p.path.rsplit("/", 1)[1] for p in problems if p.code == "unsafe-name"] == ["more.csv:2"]
 
 
 def test_a_blank_label_is_not_known(tmp_path):

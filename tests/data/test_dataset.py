@@ -71,15 +71,46 @@ def test_augmentation_differs_between_epochs_and_repeats_within_one(prepared):
     assert not torch.equal(first[0].volume, second[0].volume)
 
 
-def test_a_damaged_volume_is_replaced_and_counted(tmp_path, caplog):
-    records, _ = read_manifest(cohort(tmp_path, num=4))
+def test_a_volume_that_was_damaged_later_is_never_data(tmp_path):
+    records, _ = read_manifest(cohort(tmp_path, num=2))
     fresh = prepare(records, tmp_path / "out", SMALL)
     (fresh.path / "volumes/v1.b2nd").write_bytes(b"garbage")
     dataset = CohortDataset(fresh, fresh.records)
-    assert dataset[1].record.volume_id == "v2"
-    assert dataset.num_replaced == 1
-    assert "v1.b2nd is damaged" in caplog.text
-    for file in (fresh.path / "volumes").iterdir():
-        file.write_bytes(b"garbage")
-    with pytest.raises(CorruptVolumeError, match="every volume"):
-        dataset[0]
+
+    assert dataset[0].record.volume_id == "v0"
+    with pytest.raises(CorruptVolumeError, match=r"v1\.b2nd.*damaged-cache"):
+        dataset[1]
+
+
+WINDOWS = ((-1000.0, 1000.0), (-160.0, 240.0))
+
+
+def finished_later(prepared, device):
+    dataset = CohortDataset(
+        prepared, prepared.records, AugmentConfig(probability=1.0), WINDOWS, finish_later=True
+    )
+    sampler = EpochSampler(len(dataset), seed=3, batch_size=2)
+    for batch in loader(dataset, sampler, workers=2):
+        assert batch.volume.dtype == torch.int16
+        assert batch.volume.shape == (2, *SMALL.size)
+        yield dataset.finished(batch, torch.device(device))
+
+
+def test_augmenting_a_batch_after_it_was_read_changes_nothing(prepared):
+    early = batches(prepared, augment=AugmentConfig(probability=1.0), windows_hu=WINDOWS)
+    for first, second in zip(early, finished_later(prepared, "cpu"), strict=True):
+        assert torch.equal(first.volume, second.volume)
+        assert torch.equal(first.study, second.study)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_augments_as_a_worker_does_except_for_the_noise(prepared):
+    quiet = AugmentConfig(probability=1.0, noise_hu=0.0)
+    early = batches(prepared, augment=quiet, windows_hu=WINDOWS)
+    dataset = CohortDataset(prepared, prepared.records, quiet, WINDOWS, finish_later=True)
+    sampler = EpochSampler(len(dataset), seed=3, batch_size=2)
+    for first, raw in zip(early, loader(dataset, sampler), strict=True):
+        second = dataset.finished(raw, torch.device("cuda"))
+        assert second.volume.device.type == "cuda"
+        torch.testing.assert_close(second.volume.cpu(), first.volume, rtol=0, atol=2e-3)

@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+from bad_scans import CASES
 from dicoms import write_series
 from PIL import Image
 from rich.console import Console
@@ -31,9 +33,21 @@ def test_a_bad_scan_gives_its_reason_and_a_held_one_its_remedy(tmp_path):
     assert "[not-nifti]" in screen(bad)
     held = inspect(save(tmp_path / "held.nii.gz", chest_hu() + 1024))
     assert not held.is_usable
-    assert "give rescale 1,-1024" in screen(held)
+    assert "--rescale 1 -1024" in screen(held)
+    assert inspect(tmp_path / "held.nii.gz", rescale=(1, -1024)).is_usable
     with pytest.raises(ValueError, match="could not be read"):
         save_picture(bad, tmp_path / "x.png")
+
+
+def test_how_the_scan_is_stored_is_on_the_screen(tmp_path):
+    hu = np.where(chest_hu() < -990, np.int16(-2048), chest_hu())
+    shown = screen(inspect(save(tmp_path / "a.nii.gz", hu, axes="LAS")))
+    assert "note  stored left-handed" in shown
+    assert "% is padding (down to -2048); becomes air" in shown
+    reformat = inspect(save(tmp_path / "b.nii.gz", spacing_mm=(4.0, 9.0, 4.0)))
+    assert "a coronal or sagittal reformat" in screen(reformat)
+    (tmp_path / "c.nii").write_bytes(CASES["oblique"][1]())
+    assert "degrees off the body's axes" in screen(inspect(tmp_path / "c.nii"))
 
 
 def test_a_dicom_folder_lists_its_series(tmp_path):

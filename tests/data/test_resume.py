@@ -32,8 +32,11 @@ def slowly(*args):
 storage.write_bytes = slowly
 records, problems = read_manifest(sys.argv[1])
 config = VolumeConfig(spacing_mm=(10.0, 8.0, 8.0), size=(28, 32, 40))
-cache.prepare(records, sys.argv[2], config, problems=problems)
+cache.prepare(records, sys.argv[2], config, problems=problems, workers=int(sys.argv[3]))
 """
+
+KILLS = int(os.environ.get("CTCLIP_KILLS", "4"))
+"""Of each kind; the full test is CTCLIP_KILLS=20."""
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -44,23 +47,41 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def killed_after(num_writes: int, delay_s: float, manifest: Path, out: Path) -> bool:
+def killed_after(num_writes: int, delay_s: float, manifest: Path, out: Path, workers: int) -> bool:
     """Start preparing and kill it a moment after its n-th write; False if it finished first."""
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(manifest), str(out)],
+        [sys.executable, "-c", RUN, str(manifest), str(out), str(workers)],
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     assert process.stdout is not None
     for _ in range(num_writes):
         process.stdout.readline()
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
-    return process.wait() != 0
+    was_killed = process.wait() != 0
+    while members(process.pid):  # the test's timeout ends this if workers outlive their parent
+        time.sleep(0.05)
+    return was_killed
+
+
+def members(session: int) -> list[str]:
+    """The living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_points_change_no_byte(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kills_at_random_points_change_no_byte(tmp_path, workers):
     manifest = cohort(tmp_path, num=16)
     (tmp_path / "scans/v3.nii.gz").write_bytes(b"not a scan")
     records, problems = read_manifest(manifest)
@@ -68,12 +89,14 @@ def test_twenty_kills_at_random_points_change_no_byte(tmp_path):
 
     rng = np.random.default_rng(0)
     kills = 0
-    for _ in range(20):
-        writes = int(rng.integers(1, 4))
-        kills += killed_after(writes, float(rng.uniform(0, 0.03)), manifest, tmp_path / "out")
+    for _ in range(KILLS):
+        # Workers write on their own; theirs are hit by a longer delay after the parent's first.
+        writes = int(rng.integers(1, 4)) if workers == 1 else 1
+        delay_s = float(rng.uniform(0, 0.03 if workers == 1 else 3.0))
+        kills += killed_after(writes, delay_s, manifest, tmp_path / "out", workers)
     finished = prepare(records, tmp_path / "out", SMALL, problems=problems)
 
-    assert kills >= 10
+    assert kills >= (KILLS // 2 if workers == 1 else 1)
     assert files_of(finished.path) == files_of(undisturbed.path)
 
 
@@ -83,7 +106,7 @@ def test_two_runs_at_once_end_with_the_same_bytes(tmp_path):
     undisturbed = prepare(records, tmp_path / "whole", SMALL, problems=problems)
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", RUN, str(manifest), str(tmp_path / "out")],
+            [sys.executable, "-c", RUN, str(manifest), str(tmp_path / "out"), "1"],
             stdout=subprocess.DEVNULL,
         )
         for _ in range(2)

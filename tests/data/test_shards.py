@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import fsspec
 import numpy as np
 import pytest
 from scans import cohort
 
 from ctclip.data.cache import prepare
-from ctclip.data.cohort import CorruptVolumeError
+from ctclip.data.cohort import CorruptVolumeError, PreparedCohort
 from ctclip.data.dataset import CohortDataset
 from ctclip.data.manifest import read_manifest
 from ctclip.data.shards import open_packed, pack
@@ -23,7 +25,7 @@ def prepared(tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_a_packed_cohort_reads_like_the_prepared_one(prepared, tmp_path, scheme):
     url = "memory://bucket/cohort" if scheme == "memory" else f"file://{tmp_path}/packed"
-    packed = open_packed(pack(prepared, url, shard_bytes=40_000))
+    packed = PreparedCohort.open(Path(pack(prepared, url, shard_bytes=40_000)))
     assert packed.fingerprint == prepared.fingerprint
     assert packed.records == prepared.records
     for record in prepared.records:
@@ -53,10 +55,15 @@ def test_a_damaged_shard_is_noticed_and_packing_again_repairs_it(prepared):
     data = bytearray(filesystem.cat_file(shard))
     data[100] ^= 1
     filesystem.pipe_file(shard, bytes(data))
-    with pytest.raises(CorruptVolumeError, match="v0 is damaged"):
+    for read in (
+        open_packed(url).read,
+        lambda name: open_packed(url).read_crop(name, *[[1] * 3] * 2),
+    ):
+        with pytest.raises(CorruptVolumeError, match=r"v0\.b2nd.*damaged-cache"):
+            read("v0")
+    filesystem.rm(shard)
+    with pytest.raises(CorruptVolumeError, match="missing-cache"):
         open_packed(url).read("v0")
-    dataset = CohortDataset(open_packed(url), prepared.records)
-    assert dataset[0].record.volume_id != "v0"
     pack(prepared, "memory://damage", shard_bytes=40_000)
     assert np.array_equal(open_packed(url).read("v0"), prepared.read("v0"))
 

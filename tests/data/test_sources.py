@@ -7,6 +7,7 @@ from ctclip.data.cache import prepare
 from ctclip.data.problems import ManifestError
 from ctclip.data.sources import detect, read_source
 from ctclip.data.volume import VolumeConfig
+from ctclip.findings import FINDINGS
 
 SMALL = VolumeConfig(spacing_mm=(10.0, 8.0, 8.0), size=(28, 32, 40))
 
@@ -20,10 +21,19 @@ def test_sources_are_recognised_by_their_content(tmp_path):
     save(tmp_path / "files/a.nii.gz")
     (tmp_path / "files/broken.csv").write_bytes(b"\xff\xfe")
     write_series(tmp_path / "dicom", chest_hu((10, 12, 14)))
-    assert detect(manifest) == "manifest"
+    assert detect(manifest) == detect(manifest.parent) == "manifest"
     assert detect(tmp_path / "files/a.nii.gz") == "files"
     names = {"rate": "ct-rate", "rad": "rad-chestct", "files": "files", "dicom": "dicom"}
     assert {name: detect(tmp_path / name) for name in names} == names
+
+
+def test_scans_beside_a_manifest_keep_its_labels(tmp_path):
+    cohort(tmp_path, num=2)
+    records, _ = read_source(tmp_path)
+    assert records[1].labels[FINDINGS[0]] == 1
+    (tmp_path / "copy.csv").write_bytes((tmp_path / "manifest.csv").read_bytes())
+    with pytest.raises(ManifestError, match="expected one manifest"):
+        read_source(tmp_path)
 
 
 def test_plain_files_become_one_patient_each(tmp_path):
@@ -76,8 +86,12 @@ def test_nothing_at_a_path_and_nothing_in_a_folder_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing at"):
         read_source(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ManifestError, match="no DICOM files"):
-        read_source(tmp_path / "empty")
+    for make in (lambda: None, lambda: (tmp_path / "empty/notes.txt").write_text("x")):
+        make()
+        with pytest.raises(ManifestError) as error:
+            read_source(tmp_path / "empty")
+        for accepted in ("manifest", "CT-RATE", "RAD-ChestCT", "DICOM", ".nii.gz", ".nrrd", ".mha"):
+            assert accepted in str(error.value)
 
 
 def test_a_manifest_can_point_at_dicom_folders(tmp_path):

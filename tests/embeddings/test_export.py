@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 from dataclasses import replace
@@ -110,6 +111,30 @@ def test_a_cohort_prepared_differently_is_refused():
 
     with pytest.raises(EmbeddingError, match=other.fingerprint):
         embed_volumes(StubCheckpoint(), other)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_volume_that_became_unreadable_gets_no_row_and_is_noted(tmp_path, workers):
+    table = embed_volumes(
+        StubCheckpoint(),
+        StubCohort(7, unreadable={"p0_a_1", "p2_a_0", "p2_a_1"}),
+        out=tmp_path / "v.parquet",
+        batch_size=2,
+        workers=workers,
+    )
+
+    kept = [0, 2, 3, 6]
+    np.testing.assert_allclose(table.vectors, expected_vectors(7)[kept], atol=1e-6)
+    assert table.volume_id == [StubCohort(7).records[row].volume_id for row in kept]
+    noted = [json.loads(line) for line in (tmp_path / "unreadable_volumes.jsonl").open()]
+    assert {(row["volume_id"], row["status"], row["code"]) for row in noted} == {
+        (name, "refused", "damaged-cache") for name in ("p0_a_1", "p2_a_0", "p2_a_1")
+    }
+
+
+def test_a_cohort_of_which_nothing_can_be_read_is_an_error():
+    with pytest.raises(EmbeddingError, match="none of the 1 volumes"):
+        embed_volumes(StubCheckpoint(), StubCohort(1, unreadable={"p0_a_0"}))
 
 
 def kill_at_replace(number, out, when):

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 from transformers import BertConfig, BertModel
 
@@ -66,14 +68,43 @@ def test_padding_to_512_gives_the_same_embedding(pooling):
     torch.testing.assert_close(tower(ids), tower(padded), rtol=0, atol=1e-5)
 
 
-def test_long_texts_are_cut_and_counted():
-    tokenizer = Tokenizer.builtin(context_length=6)
+WORDS = ["no", "pleural", "effusion", "on", "the", "right", "side", "and", "small", "nodule"]
 
-    ids = tokenizer(["no pleural effusion", "no pleural effusion on the right side"])
 
-    assert ids.shape == (2, 6)
-    assert tokenizer.truncated == 1
-    assert ids[1, -1] == tokenizer("x")[0, -1], "the cut text still ends with [SEP]"
+def words_kept(truncation: str, draw: float | None = None) -> list[str]:
+    """Which of ten words stay where six fit between [CLS] and [SEP]."""
+    tokenizer = Tokenizer.builtin(8, truncation)
+    word_of = {int(tokenizer(word)[0, 1]): word for word in WORDS}
+    draws = None if draw is None else [draw]
+    ids = tokenizer([" ".join(WORDS)], draws=draws)[0].tolist()
+    ends = tokenizer("x")[0].tolist()
+    assert [ids[0], ids[-1]] == [ends[0], ends[-1]]
+    assert (tokenizer.truncated, tokenizer.tokens_cut) == (1, 4)
+    return [word_of[number] for number in ids[1:-1]]
+
+
+def test_long_texts_are_cut_as_the_user_says_and_counted():
+    assert words_kept("head") == WORDS[:6]
+    assert words_kept("head-tail") == WORDS[:3] + WORDS[-3:]
+    assert words_kept("sample") == WORDS[:6]
+    windows = {tuple(words_kept("sample", draw)) for draw in np.linspace(0, 0.999, 30)}
+    assert windows == {tuple(WORDS[start : start + 6]) for start in range(5)}
+
+
+def test_what_will_be_cut_is_counted_beforehand():
+    tokenizer = Tokenizer.builtin(8)
+    found = tokenizer.lengths([" ".join(WORDS), "no effusion", "nodule"])
+    assert (found.num_texts, found.num_truncated) == (3, 1)
+    assert (found.num_tokens, found.num_cut) == (12 + 4 + 3, 4)
+    assert found.truncated_share == pytest.approx(1 / 3)
+    assert found.cut_share == pytest.approx(4 / 19)
+    assert tokenizer.truncated == 0
+
+
+def test_cutting_is_what_other_programs_do_with_the_json():
+    tokenizer = Tokenizer.builtin(8)
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert theirs.encode(" ".join(WORDS)).ids == tokenizer(" ".join(WORDS))[0].tolist()
 
 
 def test_one_text_is_a_batch_of_one_and_no_text_is_none():
