@@ -1,19 +1,21 @@
 """Does the audit find errors that were planted?
 
 python benchmarks/label_audit.py
-python benchmarks/label_audit.py --train train.parquet --test test.parquet \
-    --truth cohort/truth_labels.csv --name phantom
+python benchmarks/label_audit.py --name phantom --ckpt runs/quickstart/train/model.safetensors … \
+    --cohort runs/quickstart/cohort --truth runs/quickstart/phantoms/truth_labels.csv
 
-Takes embeddings whose true labels are known (simulated ones, or an export of a phantom cohort with
-its truth), makes some labels of one finding wrong, and asks the audit how many and which. Then
-every finding's labels are made as bad as readers who agree in 70 % of cases, the audit corrects
-them, and a probe is trained on either. Writes benchmarks/results/label_audit_<name>.json.
+Takes embeddings whose true labels are known (simulated ones, or those of a phantom cohort by one
+checkpoint per seed), makes some labels of one finding wrong, and asks the audit how many and
+which: from the image alone, and with the reports as further evidence. Then every finding's labels
+are made as bad as readers who agree in 70 % of cases, the audit corrects them from the image, and
+a probe is trained on either. Writes benchmarks/results/label_audit_<name>.json.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,105 +38,158 @@ TWO_READERS = 0.184
 """Share of wrong labels at which two independent readers agree in 70 % of cases."""
 
 
+@dataclass(frozen=True)
+class Case:
+    """What one seed is measured on; labels are the truth."""
+
+    train: EmbeddingTable
+    test: EmbeddingTable
+    texts: dict[str, str] | None = None
+
+
 def main() -> None:
     """Run every seed, rate and kind."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--train", help="EmbeddingTable of the audited patients")
-    parser.add_argument("--test", help="EmbeddingTable of other patients")
-    parser.add_argument("--truth", help="CSV with volume_id and the true labels")
+    parser.add_argument("--ckpt", nargs="+", help="one checkpoint per seed")
+    parser.add_argument("--cohort", help="their prepared phantom cohort")
+    parser.add_argument("--truth", help="its truth_labels.csv")
+    parser.add_argument("--cache", default="runs/label_audit", help="folder of the embeddings")
     parser.add_argument("--name", default="simulated")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of the simulation")
     parser.add_argument("--findings", type=int, default=6, help="visible ones tried per seed")
     args = parser.parse_args()
 
-    rows, corrections, visible_counts = [], [], []
-    for seed in range(args.seeds):
-        train, test = tables(args, seed)
-        patient = np.asarray(train.patient_id)
+    rows, corrections, visible = [], [], []
+    for seed, case in enumerate(cases(args)):
+        train, patient = case.train, np.asarray(case.train.patient_id)
         areas = []
         for k in range(18):
             logits = probes.out_of_fold(train.vectors, train.labels[:, k], patient)
             areas.append(metrics.auroc(train.labels[:, k], logits))
-        visible = [k for k in range(18) if areas[k] >= VISIBLE]
-        visible_counts.append(len(visible))
-        chosen = np.random.default_rng(seed).permutation(visible)[: args.findings]
+        seen = [k for k in range(18) if areas[k] >= VISIBLE]
+        visible.append({FINDINGS[k]: round(areas[k], 3) for k in seen})
+        chosen = np.random.default_rng(seed).permutation(seen)[: args.findings]
         jobs = [(k, kind, rate) for k in chosen for kind in ("flip", "drop") for rate in RATES]
         for k, kind, rate in tqdm(jobs, desc=f"seed {seed}", disable=not sys.stderr.isatty()):
-            rows.append(one(train, int(k), kind, rate, seed) | {"auroc_truth": areas[k]})
-        corrections.append(correct(train, test, seed))
-    frame = pd.DataFrame(rows)
-    summary = []
-    for (kind, rate), group in frame.groupby(["kind", "rate"]):
-        summary.append(
-            {
-                "kind": kind,
-                "rate": rate,
-                "cases": len(group),
-                "estimate_mean": round(group["estimate"].mean(), 4),
-                "within_5_points": round(float((group["error"].abs() <= 0.05).mean()), 3),
-                "interval_holds_rate": round(float(group["held"].mean()), 3),
-                "top_k_truly_wrong": round(group["top_k"].mean(), 3),
-                "top_k_random": round(group["chance"].mean(), 3),
-                "cleanlab_count_estimate": round(group["cleanlab"].mean(), 4)
-                if kind == "flip"
-                else None,
-            }
-        )
+            rows += one(case, int(k), kind, rate, seed)
+        corrections.append(correct(train, case.test, seed))
     result = {
         "command": "python " + " ".join(sys.argv),
-        "source": "simulated embeddings" if args.train is None else args.train,
         "volumes": len(train),
-        "visible_findings_per_seed": visible_counts,
-        "definition": "flip: estimate is the share of all labels that are wrong; "
-        "drop: the share of true positives labelled absent",
-        "rates": summary,
+        "visible": visible,
+        "definition": "flip: estimate is the share of all labels that are wrong; drop: the share "
+        "of true positives labelled absent. withheld: the audit gave no rate",
+        "rates": summarise(pd.DataFrame(rows)),
         "two_readers_70_percent": corrections,
+        "cases": rows,
     }
     path = Path(__file__).parent / "results" / f"label_audit_{args.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result["rates"], indent=1))
+    print(json.dumps(corrections, indent=1))
 
 
-def tables(args: argparse.Namespace, seed: int) -> tuple[EmbeddingTable, EmbeddingTable]:
-    """Training and test embeddings with true labels."""
-    if args.train is None:
+def summarise(frame: pd.DataFrame) -> list[dict]:
+    """Means over seeds and findings, per evidence, kind and rate."""
+    rows = []
+    for (evidence, kind, rate), group in frame.groupby(["evidence", "kind", "rate"]):
+        rated = group[~group["withheld"]]
+        rows.append(
+            {
+                "evidence": evidence,
+                "kind": kind,
+                "rate": rate,
+                "cases": len(group),
+                "withheld": int(group["withheld"].sum()),
+                "estimate_mean": round(rated["estimate"].mean(), 4),
+                "within_5_points": round(float((rated["error"].abs() <= 0.05).mean()), 3),
+                "interval_holds_rate": round(float(rated["held"].mean()), 3),
+                "top_k_truly_wrong": round(group["top_k"].mean(), 3),
+                "top_k_random": round(group["chance"].mean(), 3),
+            }
+        )
+    return rows
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Training and test embeddings with true labels, one pair per seed."""
+    if args.ckpt is None:
         options = {"width": 128, "separation": SEPARATION, "prevalence": PREVALENCE}
-        train = planted.table(2000, seed=10 * seed, **options)
-        return train, planted.table(1000, seed=10 * seed + 1, split="test", **options)
+        for seed in range(args.seeds):
+            train = planted.table(2000, seed=10 * seed, **options)
+            yield Case(train, planted.table(1000, seed=10 * seed + 1, split="test", **options))
+        return
     truth = pd.read_csv(args.truth, dtype={"volume_id": str}).set_index("volume_id")
-    found = []
-    for path in (args.train, args.test):
-        table = EmbeddingTable.load(path)
-        labels = truth.loc[table.volume_id, list(FINDINGS)].to_numpy(np.float32)
-        found.append(replace(table, labels=labels))
-    return found[0], found[1]
+    for path in args.ckpt:
+        found = embedded(path, args.cohort, args.cache)
+        tables = [
+            replace(table, labels=truth.loc[table.volume_id, list(FINDINGS)].to_numpy(np.float32))
+            for table in found[:2]
+        ]
+        yield Case(tables[0], tables[1], found[2])
 
 
-def one(train: EmbeddingTable, k: int, kind: str, rate: float, seed: int) -> dict:
-    """Corrupt one finding and audit it."""
-    labels = train.labels[:, k].astype(float)
-    bad = planted.corrupt(labels, rate, kind, seed)
+def embedded(
+    ckpt: str, cohort: str, cache: str
+) -> tuple[EmbeddingTable, EmbeddingTable, dict[str, str]]:
+    """Training and test embeddings, computed once, and the training reports."""
+    from ctclip import checkpoint as checkpoints
+    from ctclip.data.cohort import PreparedCohort
+    from ctclip.data.report import report_text
+    from ctclip.embeddings import embed_volumes
+
+    checkpoint, prepared = checkpoints.load(ckpt), PreparedCohort.open(cohort)
+    name = checkpoint.sha256[:12]
+    train, test = (
+        embed_volumes(
+            checkpoint,
+            prepared,
+            prepared.split(split),
+            out=Path(cache) / f"embeddings-{split}-{name}.parquet",
+        )
+        for split in ("train", "test")
+    )
+    texts = {r.volume_id: report_text(r.findings, r.impression) for r in prepared.split("train")}
+    return train, test, texts
+
+
+def one(case: Case, k: int, kind: str, rate: float, seed: int) -> list[dict]:
+    """Corrupt one finding and audit it, from the image alone and with the reports."""
+    truth = case.train.labels[:, k].astype(float)
+    bad = planted.corrupt(truth, rate, kind, seed)
+    labels = truth.copy()
     labels[bad] = 1 - labels[bad]
-    patient = np.asarray(train.patient_id)
-    logits = probes.out_of_fold(train.vectors, labels, patient, seed=seed)
-    found = noise.estimate(logits, labels, patient, replicates=50, seed=seed)
+    patient = np.asarray(case.train.patient_id)
+    logits = probes.out_of_fold(case.train.vectors, labels, patient, seed=seed)
+    read = {"image": None}
+    if case.texts is not None:
+        said = label_audit.read_reports(case.texts, case.train.volume_id)
+        read["image and report"] = label_audit.readings(said, FINDINGS[k])
     name = "wrong" if kind == "flip" else "missed"
-    estimate = getattr(found, name)
-    true = len(bad) / (len(labels) if kind == "flip" else (train.labels[:, k] == 1).sum())
-    top = np.argsort(-found.posterior, kind="stable")[: len(bad)]
-    flagged = label_audit._confident_learning(labels, 1 / (1 + np.exp(-logits)))
-    return {
-        "finding": FINDINGS[k],
-        "kind": kind,
-        "rate": rate,
-        "estimate": estimate,
-        "error": estimate - true,
-        "held": getattr(found, f"{name}_low") <= true <= getattr(found, f"{name}_high"),
-        "top_k": float(np.isin(top, bad).mean()),
-        "chance": len(bad) / len(labels),
-        "cleanlab": float(flagged.mean()) if kind == "flip" else np.nan,
-    }
+    true = len(bad) / (len(labels) if kind == "flip" else (truth == 1).sum())
+    rows = []
+    for evidence, readings in read.items():
+        found = noise.estimate(logits, labels, patient, readings=readings, replicates=50, seed=seed)
+        top = np.argsort(-found.posterior, kind="stable")[: len(bad)]
+        estimate = getattr(found, name)
+        held = getattr(found, f"{name}_low") <= true <= getattr(found, f"{name}_high")
+        rows.append(
+            {
+                "seed": seed,
+                "finding": FINDINGS[k],
+                "kind": kind,
+                "rate": rate,
+                "evidence": evidence,
+                "withheld": not found.is_identified,
+                "estimate": round(estimate, 4),
+                "error": round(estimate - true, 4),
+                "held": bool(held),
+                "top_k": round(float(np.isin(top, bad).mean()), 3),
+                "chance": round(len(bad) / len(labels), 4),
+            }
+        )
+    return rows
 
 
 def correct(train: EmbeddingTable, test: EmbeddingTable, seed: int) -> dict:

@@ -9,6 +9,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PLACES = {
     "pretrain": ["cohort=c", "out=o"],
     "embed": ["checkpoint=m", "cohort=c", "out=o"],
+    "retrieval": ["table=t"],
 }
 """Locations come from the command line, never from a file."""
 
@@ -39,9 +40,9 @@ def _schema(folder: str) -> type:
 
         return TrainFitConfig
     if folder == "label_audit":
-        from ctclip.evaluation.label_audit import AuditConfig
+        from ctclip.evaluation.review import ReviewConfig
 
-        return AuditConfig
+        return ReviewConfig
     if folder == "lesion_size":
         from ctclip.evaluation.lesion_size import LesionSizeConfig
 
@@ -50,6 +51,10 @@ def _schema(folder: str) -> type:
         from ctclip.evaluation.few_shot import FewShotConfig
 
         return FewShotConfig
+    if folder == "retrieval":
+        from ctclip.retrieval.quality import QualityConfig
+
+        return QualityConfig
     raise AssertionError(f"configs/{folder} belongs to no command")
 
 

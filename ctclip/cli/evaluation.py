@@ -46,6 +46,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("scores", nargs="+", help="score tables, wide CSVs or CT-CLIP folders")
     parser.add_argument("--out", default="results/report", help="folder of the results")
     parser.add_argument("--labels", help="wide CSV of labels, for tables that lack them")
+    parser.add_argument("--reports", help="manifest with reports: how suspected findings score")
     parser.add_argument("--protocol", help="name or YAML; see docs/evaluation.md")
     parser.add_argument("--split", help="which split is evaluated")
     parser.add_argument("--development", help="split that picks thresholds and calibration")
@@ -60,7 +61,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     names = ("protocol", "split", "development", "rule", "replicates", "seed")
     values = given(args, **{name: name for name in names})
     settings = config.load(job.ReportConfig, values=values)
-    job.run(args.scores, args.out, settings, labels=args.labels)
+    job.run(args.scores, args.out, settings, labels=args.labels, reports=args.reports)
 
 
 @command
@@ -102,7 +103,6 @@ def label_audit(argv: Sequence[str] | None = None) -> None:
 
     from ctclip import config
     from ctclip.evaluation import review as job
-    from ctclip.evaluation.label_audit import AuditConfig
 
     if args.apply:
         if not (args.manifest and args.reviewer):
@@ -111,7 +111,7 @@ def label_audit(argv: Sequence[str] | None = None) -> None:
         return
     if not (args.ckpt and args.cohort):
         parser.error("give --ckpt and --cohort, or --apply")
-    settings = config.load(AuditConfig, args.config, args.overrides)
+    settings = config.load(job.ReviewConfig, args.config, args.overrides)
     job.run(args.ckpt, args.cohort, args.out, settings)
 
 
@@ -132,6 +132,36 @@ def lesion_size(argv: Sequence[str] | None = None) -> None:
 
     settings = config.load(job.LesionSizeConfig, args.config, args.overrides)
     job.run(args.ckpt, args.volumes, args.out, settings)
+
+
+@command
+def styles(argv: Sequence[str] | None = None) -> None:
+    """Compare styles of report: the same studies, worded by several hospitals.
+
+    python eval/styles.py --ckpt model.safetensors --cohort prepared --reports ours.csv theirs.csv
+    """
+    parser = new_parser(styles.__doc__)
+    parser.add_argument("--ckpt", required=True, help="model.safetensors")
+    parser.add_argument("--cohort", required=True, help="folder that ctclip-prepare wrote")
+    parser.add_argument("--split", default="test", help="which studies")
+    parser.add_argument("--reports", nargs="+", default=[], help="manifests, one per style")
+    parser.add_argument("--truth", help="truth.csv of a phantom cohort: rewrite its reports")
+    parser.add_argument("--out", default="results/styles", help="folder of the results")
+    parser.add_argument("--device", default="cpu")
+    args = parse(parser, argv)
+
+    from ctclip.evaluation import styles as job
+
+    found = job.run(
+        args.ckpt,
+        args.cohort,
+        args.out,
+        split=args.split,
+        reports=args.reports,
+        truth=args.truth,
+        device=args.device,
+    )
+    print(found.round(3).to_string(index=False))
 
 
 @command

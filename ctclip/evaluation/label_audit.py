@@ -36,16 +36,12 @@ Said = dict[str, tuple[Text, str]]
 class AuditConfig:
     """How labels are audited."""
 
-    split: str = "train"
     num_folds: int = 5
     replicates: int = 100
     """Bootstrap fits behind the noise rate's interval."""
 
     suspicion: float = 0.5
     """Labels whose chance of being wrong is above this are listed."""
-
-    pictures: int = 40
-    """Suspects shown with slices on the page."""
 
     seed: int = 0
 
@@ -133,8 +129,7 @@ def audit(
     config = config or AuditConfig()
     patient_id = np.asarray(table.patient_id)
     hidden = not sys.stderr.isatty()
-    texts = texts or {}
-    said = [_said(texts[v]) if texts.get(v) else None for v in table.volume_id]
+    said = read_reports(texts or {}, table.volume_id)
     findings, frames = [], []
     for k in tqdm(range(len(FINDINGS)), desc="audit", unit="finding", disable=hidden):
         found = _audit_finding(table, k, patient_id, said, config)
@@ -159,6 +154,11 @@ def cleaned(labels: np.ndarray, audit: Audit, threshold: float = 0.5) -> np.ndar
         wrong = np.nan_to_num(found.estimate.posterior) > threshold
         out[wrong, k] = 1.0 - out[wrong, k]
     return out
+
+
+def read_reports(texts: Mapping[str, str], volume_id: Sequence[str]) -> list[Said | None]:
+    """What each volume's report says; ``None`` where there is no report."""
+    return [_said(texts[volume]) if texts.get(volume) else None for volume in volume_id]
 
 
 def readings(said: Sequence[Said | None], finding: str) -> np.ndarray:
@@ -267,7 +267,7 @@ def _suspects(
 
 
 def _said(text: str) -> Said:
-    """What a report says; nothing about any finding where there is no report."""
+    """What one report says of the findings that it mentions."""
     from ctclip.data.mentions import mentions
 
     found: Said = {}

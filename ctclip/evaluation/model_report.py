@@ -21,6 +21,7 @@ from ctclip.evaluation import (
     protocols,
     report,
     thresholds,
+    uncertain,
 )
 from ctclip.evaluation.report import Section
 from ctclip.evaluation.scores import ScoreTable
@@ -71,17 +72,19 @@ def run(
     out: str | Path,
     config: ReportConfig | None = None,
     labels: str | Path | None = None,
+    reports: str | Path | None = None,
 ) -> list[Model]:
     """The command.
 
     Writes ``report.html``, ``card.md``, ``results.json``, ``auc.csv``, ``comparisons.csv``,
-    ``subgroups.csv``, ``thresholds.csv`` and the figures into ``out``.
+    ``subgroups.csv``, ``thresholds.csv``, ``uncertain.csv`` and the figures into ``out``.
 
     Args:
         paths: Score files; see :mod:`ctclip.evaluation.importers`.
         out: Folder of the results.
         config: Protocol, splits, rule.
         labels: Labels of wide CSVs.
+        reports: Manifest with report texts, for findings that are only suspected.
 
     Raises:
         ValueError: If a file is no score table or doesn't fit the protocol.
@@ -89,6 +92,7 @@ def run(
     config = config or ReportConfig()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    texts = None if reports is None else uncertain.read_reports(reports)
     protocol = protocols.load(config.protocol) if config.protocol else None
     models = [_load(Path(path), labels, protocol, config) for path in paths]
     _unique_names(models)
@@ -100,7 +104,7 @@ def run(
     tables: dict[str, list[pd.DataFrame]] = {}
     for name, members in groups.items():
         prefix = f"{name}: " if len(groups) > 1 else ""
-        found = model_sections.build(members, config, folder, tables)
+        found = model_sections.build(members, config, folder, tables, texts)
         sections += [
             Section(**(vars(section) | {"title": prefix + section.title})) for section in found
         ]
@@ -108,7 +112,7 @@ def run(
         pd.concat(frames).to_csv(folder / f"{stem}.csv", index=False)
     results = [model.evaluation.to_json() | {"file_sha256": model.sha256} for model in models]
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    command = _command(paths, out, config, labels)
+    command = _command(paths, out, config, labels, reports)
     card.write(folder / "card.md", models, tables.get("comparisons", []), command)
     names = ", ".join(model.evaluation.model for model in models)
     report.Report(
@@ -162,11 +166,16 @@ def _unique_names(models: Sequence[Model]) -> None:
 
 
 def _command(
-    paths: Sequence[str | Path], out: str | Path, config: ReportConfig, labels: str | Path | None
+    paths: Sequence[str | Path],
+    out: str | Path,
+    config: ReportConfig,
+    labels: str | Path | None,
+    reports: str | Path | None,
 ) -> str:
     words = ["python", "eval/report.py", *map(str, paths), "--out", str(out)]
-    if labels is not None:
-        words += ["--labels", str(labels)]
+    for flag, value in (("--labels", labels), ("--reports", reports)):
+        if value is not None:
+            words += [flag, str(value)]
     defaults = ReportConfig()
     for key, value in vars(config).items():
         if value != getattr(defaults, key):

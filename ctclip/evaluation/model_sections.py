@@ -1,17 +1,30 @@
 """The sections of a comparison: summary, ROC, pairs, calibration, thresholds, subgroups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ctclip.evaluation import calibration, compare, metrics, plots, report, subgroups, thresholds
+from ctclip.evaluation import (
+    calibration,
+    compare,
+    metrics,
+    plots,
+    report,
+    subgroups,
+    thresholds,
+    uncertain,
+)
 from ctclip.evaluation.report import Picture, Section
 
 if TYPE_CHECKING:
     from ctclip.evaluation.model_report import Model, ReportConfig
+
+
+MIN_HEDGED = 5
+"""Hedged cases from which a finding is read three ways."""
 
 
 def build(
@@ -19,6 +32,7 @@ def build(
     config: "ReportConfig",
     folder: Path,
     tables: dict[str, list[pd.DataFrame]],
+    texts: Mapping[str, str] | None = None,
 ) -> list[Section]:
     """Evaluate the models of one protocol.
 
@@ -27,6 +41,7 @@ def build(
         config: Rule, replicates, seed.
         folder: Where figures are written.
         tables: Frames per file stem; this function appends its own.
+        texts: Volume or study to its report, for findings that are only suspected.
     """
     evaluations = [model.evaluation for model in models]
     scores = [model.test for model in models]
@@ -65,6 +80,8 @@ def build(
     found = [(model, subgroups.gaps(model.test, min(config.replicates, 1000))) for model in models]
     if any(gaps for _, gaps in found):
         sections.append(_subgroups(found, tables))
+    if texts is not None:
+        sections.append(_uncertain(models, texts, folder, stem, tables))
     return sections
 
 
@@ -261,6 +278,48 @@ def _subgroups(
             )
         )
     return Section(title="Subgroups", paragraphs=paragraphs, frames=frames)
+
+
+def _uncertain(
+    models: "Sequence[Model]",
+    texts: Mapping[str, str],
+    folder: Path,
+    stem: str,
+    tables: dict[str, list[pd.DataFrame]],
+) -> Section:
+    frames, figures, warnings = [], [], []
+    for model in models:
+        table, name = model.test, model.evaluation.model
+        said = [texts.get(volume, "") for volume in table.volume_id.tolist()]
+        if not any(said):
+            warnings.append(f"{name}: none of its cases has a report in the given table.")
+            continue
+        hedged = uncertain.hedged_findings(said, table.findings)
+        kept = [k for k in range(len(table.findings)) if hedged[:, k].sum() >= MIN_HEDGED]
+        if not kept:
+            warnings.append(f"{name}: no finding is hedged in {MIN_HEDGED} reports or more.")
+            continue
+        found = [
+            uncertain.readings(table.findings[k], table.labels[:, k], hedged[:, k],
+                               table.scores[:, k])
+            for k in kept
+        ]  # fmt: skip
+        frame = pd.DataFrame([vars(row) for row in found])
+        tables.setdefault("uncertain", []).append(frame.assign(model=name))
+        frames.append(frame)
+        figure = plots.uncertain_roc(table, hedged, kept)
+        plots.save(figure, folder / f"uncertain-{stem}-{name}")
+        figures.append(Picture(image=figure, caption=f"{name}: ROC under the three readings."))
+    return Section(
+        title="Uncertain findings",
+        paragraphs=[
+            "Findings that a report only suspects, counted as present, as absent, or left out. "
+            "'rank' is where they score between the certain cases: 0 like absent, 1 like present."
+        ],
+        warnings=warnings,
+        figures=figures,
+        frames=frames,
+    )
 
 
 def _p(value: float) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,40 @@ def roc_grid(tables: Sequence[ScoreTable], evaluations: Sequence[metrics.Evaluat
         _legend(figure, [evaluation.model for evaluation in evaluations])
     figure.supxlabel("1 − specificity", fontsize=9, color=INK)
     figure.supylabel("sensitivity", fontsize=9, color=INK)
+    return figure
+
+
+def uncertain_roc(table: ScoreTable, hedged: np.ndarray, shown: Sequence[int]) -> Figure:
+    """One ROC per finding, three curves each: hedged cases as present, as absent, left out.
+
+    Args:
+        table: Scores.
+        hedged: ``(N, K)`` bool, see :mod:`ctclip.evaluation.uncertain`.
+        shown: Columns of findings.
+    """
+    from ctclip.evaluation import uncertain
+
+    columns = min(len(shown), 6)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.35 * columns, 2.65 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, k in itertools.zip_longest(axes.flat, shown):
+        if k is None:
+            axis.set_visible(False)
+            continue
+        frame(axis, table.findings[k])
+        axis.plot([0, 1], [0, 1], color=CHANCE, lw=0.8, ls=(0, (4, 3)))
+        readings = uncertain.relabelled(table.labels[:, k], hedged[:, k])
+        for m, (name, labels) in enumerate(readings.items()):
+            label, score = metrics.known(labels, table.scores[:, k])
+            if label.all() or not label.any():
+                continue
+            fpr, tpr, _ = roc_curve(label, score)
+            axis.plot(fpr, tpr, color=COLOURS[m], lw=1.3)
+            text = f"{name} {metrics.auroc(labels, table.scores[:, k]):.2f}"
+            axis.text(0.97, 0.26 - 0.105 * m, text, ha="right", fontsize=7, color=COLOURS[m])
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set_aspect("equal")
     return figure
 
 

@@ -39,6 +39,35 @@ def top_k(patches: Tensor, directions: Tensor, k: int) -> Tensor:
     return best
 
 
+def peak(
+    checkpoint: "Checkpoint", hu: np.ndarray, direction: np.ndarray, device: str = "cpu"
+) -> tuple[int, int, int]:
+    """Where in a scan a finding looks most likely: the patch with the largest share of its score.
+
+    Args:
+        checkpoint: The model.
+        hu: ``(D, H, W)`` int16, preprocessed.
+        direction: ``(E,)`` present minus absent prompt.
+        device: For example ``"cuda:0"``.
+
+    Returns:
+        Voxel (d, h, w) in the middle of that patch.
+    """
+    from ctclip.data.volume import window as to_channels
+
+    model = checkpoint.model.to(device).eval()
+    with torch.inference_mode():
+        voxels = torch.from_numpy(hu)[None].to(device).float()
+        patches = model.encode_patches(to_channels(voxels, checkpoint.volume_config.windows_hu))[0]
+        heat = (patches.float() @ torch.from_numpy(direction).to(patches).float()).cpu().numpy()
+    best = np.unravel_index(int(heat.argmax()), heat.shape)
+    d, h, w = (
+        int((index + 0.5) * size / count)
+        for index, size, count in zip(best, hu.shape, heat.shape, strict=True)
+    )
+    return d, h, w
+
+
 def windows(
     size: Sequence[int], window: Sequence[int], overlap: float = 0.5
 ) -> Iterator[tuple[slice, slice, slice]]:

@@ -1,15 +1,16 @@
 """The audit as a command: a review list to work through, and its decisions put into a manifest.
 
 ``python eval/label_audit.py --ckpt model.safetensors --cohort prepared/ab12`` writes the list;
-after a reader filled its ``decision`` column, ``... apply --review review.csv --manifest
-manifest.csv --out corrected.csv`` writes a corrected manifest and what was changed, by whom.
+after a reader filled its ``decision`` column, ``... --apply review.csv --manifest manifest.csv
+--reviewer "A. Reader" --out corrected.csv`` writes a corrected manifest and what was changed.
 """
 
 import csv
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ctclip.evaluation import label_audit, report
+from ctclip.evaluation import label_audit, prompts, regions, report
 from ctclip.evaluation.label_audit import Audit, AuditConfig
 from ctclip.evaluation.report import Picture, Section
+from ctclip.findings import FINDINGS
 
 if TYPE_CHECKING:
-    from ctclip.data.cache import PreparedCohort
+    from ctclip.checkpoint import Checkpoint
+    from ctclip.data.cohort import PreparedCohort
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +33,32 @@ DECISIONS = ("", "keep", "flip", "unknown")
 WINDOW_HU = (-1000.0, 400.0)
 """Wide enough for lung and mediastinum at once."""
 
+TILE = 160
+"""Pixels from top to bottom of a slice on the page."""
+
+
+Locate = Callable[[np.ndarray, str], tuple[int, int, int]]
+"""Preprocessed HU ``(D, H, W)`` and a finding to the voxel that a reader should look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewConfig(AuditConfig):
+    """How a split is audited, and what the page shows."""
+
+    split: str = "train"
+    pictures: int = 40
+    """Suspects shown with slices on the page."""
+
+    prompts: str | None = None
+    """Whose patch the slices go through; as in the zero-shot command."""
+
+    batch_size: int = 4
+    workers: int = 0
+    device: str = "cpu"
+
 
 def run(
-    ckpt: str | Path,
-    cohort: str | Path,
-    out: str | Path,
-    config: AuditConfig | None = None,
-    *,
-    device: str = "cpu",
-    batch_size: int = 4,
+    ckpt: str | Path, cohort: str | Path, out: str | Path, config: ReviewConfig | None = None
 ) -> Audit:
     """Embed a split, audit its labels and write ``review.csv``, ``noise.csv``, ``review.html``.
 
@@ -50,9 +70,9 @@ def run(
     from ctclip.data.report import report_text
     from ctclip.embeddings import embed_volumes
 
-    config = config or AuditConfig()
+    config = config or ReviewConfig()
     folder = Path(out)
-    checkpoint = checkpoints.load(ckpt, device=device)
+    checkpoint = checkpoints.load(ckpt, device=config.device)
     prepared = PreparedCohort.open(Path(cohort))
     records = prepared.split(config.split)
     table = embed_volumes(
@@ -60,25 +80,51 @@ def run(
         prepared,
         records,
         out=folder / f"embeddings-{config.split}-{checkpoint.sha256[:12]}.parquet",
-        batch_size=batch_size,
-        device=device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=config.device,
     )
     texts = {r.volume_id: report_text(r.findings, r.impression) for r in records}
     found = label_audit.audit(table, texts, config)
-    write(found, folder, config, prepared)
+    write(found, folder, config, prepared, locator(checkpoint, config))
     return found
 
 
+def locator(checkpoint: "Checkpoint", config: ReviewConfig) -> Locate:
+    """Look where the model's patches resemble the finding's prompt most."""
+    prompt_set = prompts.of(checkpoint, config.prompts)
+    pairs = prompts.encode_prompts(checkpoint, prompt_set)
+
+    def locate(hu: np.ndarray, finding: str) -> tuple[int, int, int]:
+        present, absent = pairs[FINDINGS.index(finding)]
+        return regions.peak(checkpoint, hu, present - absent, config.device)
+
+    return locate
+
+
 def write(
-    found: Audit, folder: Path, config: AuditConfig, cohort: "PreparedCohort | None" = None
+    found: Audit,
+    folder: Path,
+    config: ReviewConfig,
+    cohort: "PreparedCohort | None" = None,
+    locate: Locate | None = None,
 ) -> None:
-    """Write the review list, the noise rates and the page."""
+    """Write the review list, the noise rates and the page.
+
+    Args:
+        found: The audit.
+        folder: Where to.
+        config: Number of pictures.
+        cohort: Volumes for the pictures; without them the page has none.
+        locate: Where the slices go through; the middle of the volume without one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found.suspects.to_csv(folder / "review.csv", index=False)
     rates = found.rates()
     rates.to_csv(folder / "noise.csv", index=False)
     listed = found.suspects.head(config.pictures)
-    gallery = [] if cohort is None else [_picture(cohort, row) for row in listed.to_dict("records")]
+    rows = listed.to_dict("records")
+    gallery = [] if cohort is None else [_picture(cohort, row, locate) for row in rows]
     total = len(found.suspects)
     sections = [
         Section(
@@ -94,7 +140,7 @@ def write(
             title=f"The {min(total, config.pictures)} most suspicious of {total} labels",
             paragraphs=[
                 "Fill the column 'decision' of review.csv with keep, flip or unknown, then apply "
-                "it. The pictures are slices through the middle of the volume.",
+                "it. The slices go through the place that resembles the finding most (marked).",
             ],
             gallery=gallery,
             frames=[listed.drop(columns=["decision", "study_id", "patient_id"])],
@@ -217,8 +263,8 @@ def _share(estimate: object, name: str) -> str:
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def _picture(cohort: "PreparedCohort", row: dict[str, str]) -> Picture:
-    hu = cohort.read(row["volume_id"]).astype(np.float32)
+def _picture(cohort: "PreparedCohort", row: dict[str, str], locate: Locate | None) -> Picture:
+    hu = cohort.read(row["volume_id"])
     spacing = cohort.volume_config.spacing_mm
     stands = "present" if row["label"] else "absent"
     caption = (
@@ -226,27 +272,55 @@ def _picture(cohort: "PreparedCohort", row: dict[str, str]) -> Picture:
     )
     if row["sentence"]:
         caption += f' "{row["sentence"]}"'
-    return Picture(image=_three_planes(hu, spacing), caption=f"{row['volume_id']}. {caption}")
+    place = None if locate is None else locate(hu, row["finding"])
+    return Picture(image=three_planes(hu, spacing, place), caption=f"{row['volume_id']}. {caption}")
 
 
-def _three_planes(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Axial, coronal and sagittal slice through the middle, side by side, uint8."""
+def three_planes(
+    hu: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    place: tuple[int, int, int] | None = None,
+) -> np.ndarray:
+    """Axial, coronal and sagittal slice side by side, head up.
+
+    Args:
+        hu: ``(D, H, W)``.
+        spacing_mm: Of its voxels.
+        place: Voxel (d, h, w) that the slices go through and a cross marks; without one, they go
+            through the middle.
+
+    Returns:
+        ``(160, W')`` uint8.
+    """
     from PIL import Image
 
     low, high = WINDOW_HU
-    grey = (np.clip((hu - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-    d, h, w = (size // 2 for size in hu.shape)
+    grey = (np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    d, h, w = place or tuple(size // 2 for size in hu.shape)
+    up = hu.shape[0] - 1 - d
     planes = [
-        (grey[d], spacing_mm[1], spacing_mm[2]),
-        (grey[::-1, h], spacing_mm[0], spacing_mm[2]),
-        (grey[::-1, :, w], spacing_mm[0], spacing_mm[1]),
+        (grey[d], spacing_mm[1], spacing_mm[2], (h, w)),
+        (grey[::-1, h], spacing_mm[0], spacing_mm[2], (up, w)),
+        (grey[::-1, :, w], spacing_mm[0], spacing_mm[1], (up, h)),
     ]
-    side = 160
     tiles = []
-    for plane, row_mm, column_mm in planes:
+    for plane, row_mm, column_mm, centre in planes:
         height, width = plane.shape[0] * row_mm, plane.shape[1] * column_mm
-        scale = side / height
-        size = (max(round(width * scale), 1), side)
+        size = (max(round(width * TILE / height), 1), TILE)
         image = Image.fromarray(np.ascontiguousarray(plane)).resize(size, Image.Resampling.BILINEAR)
-        tiles.append(np.asarray(image))
+        tile = np.array(image)
+        if place is not None:
+            row, column = (
+                int((index + 0.5) * tile.shape[axis] / plane.shape[axis])
+                for axis, index in enumerate(centre)
+            )
+            _mark(tile, row, column)
+        tiles.append(tile)
     return np.concatenate(tiles, axis=1)
+
+
+def _mark(tile: np.ndarray, row: int, column: int) -> None:
+    """Draw a cross with an open middle."""
+    for start, stop in ((-14, -6), (7, 15)):
+        tile[max(row + start, 0) : max(row + stop, 0), column] = 255
+        tile[row, max(column + start, 0) : max(column + stop, 0)] = 255

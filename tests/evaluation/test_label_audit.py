@@ -73,7 +73,7 @@ def test_cleaning_brings_labels_nearer_to_the_truth(case):
 
 def test_a_review_is_written_filled_and_applied(case, tmp_path):
     truth, table, _, found = case
-    review.write(found, tmp_path, AuditConfig())
+    review.write(found, tmp_path, review.ReviewConfig())
     assert "labelling error" in (tmp_path / "review.html").read_text()
     rows = pd.DataFrame(
         {
@@ -103,7 +103,7 @@ def test_a_review_is_written_filled_and_applied(case, tmp_path):
 
 
 def test_a_misspelt_decision_is_named(case, tmp_path):
-    review.write(case[3], tmp_path, AuditConfig())
+    review.write(case[3], tmp_path, review.ReviewConfig())
     path = tmp_path / "review.csv"
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     frame.loc[3, "decision"] = "filp"
@@ -115,3 +115,16 @@ def test_a_misspelt_decision_is_named(case, tmp_path):
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="between 0 and 1"):
         AuditConfig(suspicion=1.0)
+
+
+def test_slices_go_through_the_marked_place():
+    hu = np.full((10, 20, 30), -1000, dtype=np.int16)
+    hu[7, 5, 22] = 400
+    picture = review.three_planes(hu, (2.0, 1.0, 1.0), (7, 5, 22))
+    middle = review.three_planes(hu, (2.0, 1.0, 1.0))
+    assert picture.shape == middle.shape
+    assert middle.max() == 0  # the spot lies in none of the middle slices
+    axial = picture[:, : round(30 * 160 / 20)]
+    spot = np.array([5.5 * 160 / 20, 22.5 * axial.shape[1] / 30])
+    bright = np.argwhere(axial > 100)
+    assert np.abs(bright.mean(axis=0) - spot).max() < 1.5

@@ -98,6 +98,23 @@ def test_ct_clips_thresholds_are_called_optimistic(small):
     assert "scores are no probabilities" in text
 
 
+def test_suspected_findings_are_read_from_the_reports(small):
+    """Every fifth report only suspects a nodule, and the score can't tell those cases."""
+    rows = ["patient_id,study_id,volume_id,path,report"]
+    for i in range(80):
+        text = "A possible lung nodule is seen." if i % 5 == 0 else "The heart is normal."
+        rows.append(f"p{i // 2},s{i},v{i},v{i}.nii.gz,{text}")
+    (small / "manifest.csv").write_text("\n".join(rows) + "\n")
+    config = ReportConfig(protocol=str(small / "one.yaml"), replicates=0)
+    model_report.run([small / "a.parquet"], small / "out", config, reports=small / "manifest.csv")
+    found = pd.read_csv(small / "out" / "uncertain.csv").set_index("finding")
+    assert found.index.tolist() == ["Lung nodule"]
+    assert found.loc["Lung nodule", ["certain", "uncertain"]].tolist() == [64, 16]
+    page = (small / "out" / "report.html").read_text()
+    assert "ROC under the three readings" in page
+    assert f"--reports {small / 'manifest.csv'}" in page
+
+
 def test_two_models_of_one_name_are_refused(tmp_path):
     probabilities("ours", 1.5).save(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="all called 'ours'"):

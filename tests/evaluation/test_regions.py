@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from ctclip.evaluation import metrics, regions, scoring
+from ctclip.models.vit3d import ViT3D
 
 
 def test_one_patch_is_found_by_top_k_and_lost_in_the_mean():
@@ -16,6 +19,22 @@ def test_one_patch_is_found_by_top_k_and_lost_in_the_mean():
     mean = regions.top_k(patches, direction, 216)[:, 0].numpy()
     assert metrics.auroc(labels, best) > 0.95
     assert metrics.auroc(labels, mean) < 0.85
+
+
+def test_the_peak_is_the_patch_that_resembles_the_finding():
+    """A real tower of random weights; the direction is what a bright spot does to its patch."""
+    torch.manual_seed(0)
+    tower = ViT3D(embed_dim=16, width=48, depth=1, heads=2, patch=(4, 4, 4)).eval()
+    model = torch.nn.Module()
+    model.encode_patches = tower.patches
+    config = SimpleNamespace(windows_hu=((-1000.0, 1000.0),))
+    checkpoint = SimpleNamespace(model=model, volume_config=config)
+    hu = np.full((16, 16, 16), -1000, dtype=np.int16)
+    hu[8:12, 4:8, 12:16] = 300
+    with torch.inference_mode():
+        with_spot = tower.patches(torch.from_numpy(hu)[None, None] / 1000.0)[0]
+    direction = (with_spot[2, 1, 3] - with_spot.mean(dim=(0, 1, 2))).numpy()
+    assert regions.peak(checkpoint, hu, direction) == (10, 6, 14)
 
 
 @pytest.mark.parametrize("size", [(10, 10, 10), (11, 25, 7), (30, 30, 30)])

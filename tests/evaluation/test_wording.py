@@ -1,11 +1,13 @@
 """Prompts, hedges and hospital styles: how much hangs on the words."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from ctclip.data.mentions import labels_from_text
 from ctclip.evaluation import metrics, planted, sensitivity, styles, uncertain
 from ctclip.evaluation.prompts import PromptSet
 from ctclip.findings import FINDINGS
@@ -59,9 +61,8 @@ def test_hedged_cases_are_read_three_ways_and_placed_between_the_certain_ones():
 
 def test_hedges_are_read_from_reports():
     texts = ["Possible consolidation.", "Consolidation is seen.", "No consolidation.", "Normal."]
-    labels, hedged = uncertain.mentioned(texts, "Consolidation")
-    np.testing.assert_array_equal(labels, [1, 1, 0, np.nan])
-    assert hedged.tolist() == [True, False, False, False]
+    hedged = uncertain.hedged_findings(texts, ("Consolidation", "Emphysema"))
+    assert hedged.tolist() == [[True, False], [False, False], [False, False], [False, False]]
 
 
 def test_a_style_that_says_less_finds_less():
@@ -79,6 +80,24 @@ def test_a_style_that_says_less_finds_less():
     assert found.loc["terse", "lost_low"] > 0
     assert found.loc["exhaustive", "lost@10"] == 0
     assert found.loc["exhaustive", "macro_auroc"] > 0.8
+
+
+def test_a_phantoms_report_is_rewritten_in_every_style(tmp_path):
+    (tmp_path / "truth.csv").write_text(
+        "volume_id,finding,kind,side,lobe,size_mm,severity,d_first\n"
+        "a_1,Pleural effusion,free,left,left lower lobe,22,0.6,30\n"
+    )
+    records = [SimpleNamespace(volume_id=name) for name in ("a_1", "b_1")]
+    texts = styles.rewritten(records, tmp_path / "truth.csv")
+    assert len({lines[0] for lines in texts.values()}) == len(texts) == 3
+    for lines in texts.values():
+        assert labels_from_text(lines[0])["Pleural effusion"] == 1.0
+        assert labels_from_text(lines[1]).get("Pleural effusion", 0.0) == 0.0
+
+
+def test_styles_need_reports_or_a_truth(tmp_path):
+    with pytest.raises(ValueError, match="either --reports"):
+        styles.run("model.safetensors", "cohort", tmp_path)
 
 
 def test_few_shot_scores_enter_the_report_like_any_model(tmp_path):
