@@ -15,7 +15,7 @@ from ctclip.cli.evaluation import (
     train_fit,
     zero_shot,
 )
-from ctclip.cli.retrieval import embed, index, page, similar
+from ctclip.cli.retrieval import embed, index, page, retrieval_quality, similar
 from ctclip.cli.training import convert, describe, pretrain
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "probe",
+    "retrieval_quality",
     "similar",
     "styles",
     "summary",

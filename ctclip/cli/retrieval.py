@@ -55,6 +55,27 @@ def similar(argv: Sequence[str] | None = None) -> None:
 
 
 @command
+def retrieval_quality(argv: Sequence[str] | None = None) -> None:
+    """Measure how well an export finds cases: like cases, own reports, each finding.
+
+    python eval/retrieval.py --table archive/volumes.parquet --reports archive/reports.parquet
+    """
+    parser = new_parser(retrieval_quality.__doc__, "retrieval")
+    parser.add_argument("--table", help="volumes.parquet that ctclip-embed wrote")
+    parser.add_argument("--reports", help="reports.parquet: adds report-to-volume recall")
+    parser.add_argument("--truth", help="CSV of labels to judge by, e.g. what was planted")
+    parser.add_argument("--split", help="only this split, as queries and as pool")
+    parser.add_argument("--out", help="folder of retrieval.json and retrieval.md")
+    args = parse(parser, argv)
+
+    from ctclip import config
+    from ctclip.retrieval import quality as job
+
+    values = given(args, **{name: name for name in ("table", "reports", "truth", "split", "out")})
+    job.run(config.load(job.QualityConfig, args.config, args.overrides, values))
+
+
+@command
 def index(argv: Sequence[str] | None = None) -> None:
     """Build or change a searchable index: a file, or a Milvus server.
 

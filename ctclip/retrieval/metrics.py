@@ -88,7 +88,12 @@ def running_mean(values: dict[int, float]) -> dict[int, float]:
 
 
 def volume_to_volume(
-    table: EmbeddingTable, ks: Sequence[int] = (1, 5, 10), relevant_from: float = 0.5, seed: int = 0
+    table: EmbeddingTable,
+    ks: Sequence[int] = (1, 5, 10),
+    relevant_from: float = 0.5,
+    *,
+    seed: int = 0,
+    replicates: int = REPLICATES,
 ) -> dict[str, Estimate]:
     """Do similar cases share findings? One query per study, against all other patients.
 
@@ -100,6 +105,7 @@ def volume_to_volume(
         ks: Cut-offs.
         relevant_from: Overlap from which a case counts as relevant.
         seed: Of the bootstrap.
+        replicates: Of the bootstrap.
 
     Returns:
         ``overlap@K`` (mean Jaccard), ``precision@K``, ``MAP@K`` (true mean average precision,
@@ -132,7 +138,7 @@ def volume_to_volume(
     if not queries:
         raise EmbeddingError("all cases are of one patient; nobody else can be found")
     return {
-        name: _estimate(np.array(values), queries, np.array(chance[name]), pools, seed)
+        name: _estimate(values, queries, chance[name], pools, seed, replicates)
         for name, values in per_query.items()
     }
 
@@ -196,7 +202,9 @@ def report_to_volume(
     reports: EmbeddingTable,
     volumes: EmbeddingTable,
     ks: Sequence[int] = (1, 5, 10, 50, 100),
+    *,
     seed: int = 0,
+    replicates: int = REPLICATES,
 ) -> dict[str, Estimate]:
     """Does a report find its own scan, and a scan its own report?
 
@@ -205,6 +213,7 @@ def report_to_volume(
         volumes: Their volumes; studies without a partner in the other table are left out.
         ks: Cut-offs; those that reach the pool's size say nothing and are left out.
         seed: Of the bootstrap.
+        replicates: Of the bootstrap.
 
     Returns:
         ``report→volume recall@K``, ``report→volume median rank`` and the same for
@@ -236,41 +245,36 @@ def report_to_volume(
     for direction, (ranks, patients) in directions.items():
         for k in ks:
             if k < pool:
-                found = (ranks <= k).astype(np.float64)
-                chance = np.full(len(ranks), k / pool)
                 result[f"{direction} recall@{k}"] = _estimate(
-                    found, patients, chance, [pool] * len(ranks), seed
+                    (ranks <= k).astype(np.float64), patients, [k / pool], [pool], seed, replicates
                 )
+        chance = [(pool + 1) / 2]
         result[f"{direction} median rank"] = _estimate(
-            ranks, patients, np.full(len(ranks), (pool + 1) / 2), [pool] * len(ranks), seed, True
+            ranks, patients, chance, [pool], seed, replicates, use_median=True
         )
     return result
 
 
 def per_finding(
-    table: EmbeddingTable, k: int = 10, truth: np.ndarray | None = None, seed: int = 0
+    table: EmbeddingTable, k: int = 10, *, seed: int = 0, replicates: int = REPLICATES
 ) -> dict[str, Estimate]:
     """Of the K most similar cases of a case with a finding, how many have it too?
 
     Args:
         table: Volumes with labels.
         k: Cut-off.
-        truth: ``(N, 18)`` to judge by instead of the table's labels, e.g. what was planted.
         seed: Of the bootstrap.
+        replicates: Of the bootstrap.
 
     Returns:
         Precision@K per finding that at least two patients have; chance is the share of those
         with the finding among the other patients. Unlabelled cases are neither asked nor counted.
     """
     cases = one_row_per_study(table)
-    labels = cases.labels
-    if truth is not None:
-        row_of = {volume: row for row, volume in enumerate(table.volume_id)}
-        labels = truth[[row_of[volume] for volume in cases.volume_id]]
     vectors, patients = cases.vectors_for_reports, np.array(cases.patient_id)
     result = {}
     for index, finding in enumerate(FINDINGS):
-        label = labels[:, index]
+        label = cases.labels[:, index]
         known = ~np.isnan(label)
         values, chances, pools, queries = [], [], [], []
         for row in np.flatnonzero(label == 1):
@@ -283,7 +287,7 @@ def per_finding(
             pools.append(len(others))
             queries.append(patients[row])
         if queries:
-            result[finding] = _estimate(np.array(values), queries, np.array(chances), pools, seed)
+            result[finding] = _estimate(values, queries, chances, pools, seed, replicates)
     return result
 
 
@@ -296,32 +300,58 @@ def one_row_per_study(table: EmbeddingTable) -> EmbeddingTable:
 
 
 def _estimate(
-    values: np.ndarray,
+    values: Sequence[float] | np.ndarray,
     patients: Sequence[str],
-    chance: np.ndarray,
+    chance: Sequence[float],
     pools: Sequence[int],
     seed: int,
+    replicates: int,
     use_median: bool = False,
 ) -> Estimate:
-    """Mean (or median) over queries; whole patients are drawn with replacement."""
-    valid = ~np.isnan(values)
-    statistic = np.median if use_median else np.mean
+    """Mean (or median) over queries; whole patients are drawn with replacement.
+
+    Args:
+        values: One per query; nan leaves a query out.
+        patients: One per query.
+        chance: One per query, or one for all.
+        pools: One per query, or one for all.
+        seed: Of the draws.
+        replicates: Number of draws.
+        use_median: Instead of the mean.
+    """
+    asked = np.asarray(values, dtype=np.float64)
+    valid = ~np.isnan(asked)
     if not valid.any():
         return Estimate(value=np.nan, low=np.nan, high=np.nan, chance=np.nan, num_queries=0, pool=0)
-    values, group = values[valid], np.unique(np.array(patients)[valid], return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
+    group = np.unique(np.array(patients)[valid], return_inverse=True)[1]
+    order = np.argsort(asked[valid], kind="stable")
+    asked, group = asked[valid][order], group[order]
+    statistic = _median if use_median else _mean
     num_patients = int(group.max()) + 1
-    rows = [np.flatnonzero(group == patient) for patient in range(num_patients)]
-    draws = [
-        statistic(values[np.concatenate([rows[p] for p in drawn])])
-        for drawn in rng.integers(num_patients, size=(REPLICATES, num_patients))
-    ]
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(replicates):
+        times = np.bincount(rng.integers(num_patients, size=num_patients), minlength=num_patients)
+        draws.append(statistic(asked, times[group]))
     low, high = np.percentile(draws, [2.5, 97.5])
+    pool = np.broadcast_to(np.asarray(pools), valid.shape)[valid]
     return Estimate(
-        value=float(statistic(values)),
+        value=statistic(asked, np.ones(len(asked), dtype=np.int64)),
         low=float(low),
         high=float(high),
         chance=float(np.nanmean(chance)),
         num_queries=int(valid.sum()),
-        pool=round(float(np.mean(np.asarray(pools)[valid]))),
+        pool=round(float(pool.mean())),
     )
+
+
+def _mean(values: np.ndarray, times: np.ndarray) -> float:
+    """Mean of values that count several times."""
+    return float(values @ times / times.sum())
+
+
+def _median(values: np.ndarray, times: np.ndarray) -> float:
+    """Median of ascending values that count several times."""
+    reached = np.cumsum(times)
+    middle = np.array([(reached[-1] - 1) // 2, reached[-1] // 2])
+    return float(values[np.searchsorted(reached, middle, side="right")].mean())

@@ -15,7 +15,7 @@ from ctclip import checkpoint as checkpoints
 from ctclip.data import volume
 from ctclip.embeddings import EmbeddingTable, embed_voxels, space_of
 from ctclip.findings import FINDINGS
-from ctclip.retrieval import quality, similar
+from ctclip.retrieval import similar
 from ctclip.retrieval.filters import Filter
 from ctclip.retrieval.question import Background, compose
 from ctclip.retrieval.search import MemoryArchive, Query
@@ -91,17 +91,6 @@ def test_a_mixed_query_marks_about_as_many_as_its_parts():
     marks = [hit.is_ordinary for hit in MemoryArchive(table).search(query, k=2000)]
 
     assert np.mean(marks) == pytest.approx(0.95, abs=0.03)
-
-
-def test_quality_is_written_with_chance_and_pool(archive, tmp_path):
-    _, page = archive
-    found = quality.run(
-        quality.QualityConfig(table=page.table, reports=page.reports, out=tmp_path / "q.json")
-    )
-
-    assert found["own report"]["report→volume recall@5"].chance == pytest.approx(5 / 10)
-    assert set(found["per finding"]) <= set(FINDINGS)
-    assert "running mean" in (tmp_path / "q.json").read_text(encoding="utf-8")
 
 
 def turned(source, target):
