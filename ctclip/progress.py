@@ -33,6 +33,7 @@ class Progress:
         self._done, self._before = done, done
         self._hidden = hidden
         self._bar: Any = None
+        self._shown = done
         self._start = self._said = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -53,7 +54,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._said > self._start:
+        elif self._said > self._start and self._shown < self._done:
             self._say()
 
     def update(self) -> None:
@@ -65,7 +66,7 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
-        self._said = time.monotonic()
+        self._said, self._shown = time.monotonic(), self._done
         elapsed_s = self._said - self._start
         left_s = (self._total - self._done) * elapsed_s / max(1, self._done - self._before)
         ahead = f", about {_duration(left_s)} to go" if self._done < self._total else ""

@@ -305,12 +305,16 @@ def _in_words(folder: Path, summary: Mapping[str, Any]) -> list[str]:
     """What a user reads last."""
     used = summary["volumes"]
     splits = ", ".join(f"{number} {name}" for name, number in summary["splits"].items())
+    words = summary["words_per_report"]
+    reports = (
+        f"{summary['reports']} reports of {words['median']} words in the median, "
+        f"{words['longest']} at most"
+    )
     lines = [
         f"{used} of {summary['inputs']} inputs are used ({summary['corrected']} of them with a "
         f"correction or warning), {summary['refused']} refused",
         f"{summary['patients']} patients, {summary['studies']} studies, {used} volumes ({splits}); "
-        f"{summary['reports']} reports of {summary['words_per_report']['median']} words in the "
-        f"median, {summary['words_per_report']['longest']} at most",
+        + (reports if summary["reports"] else "no reports"),
     ]
     if summary["ledger"]:
         listed = ", ".join(f"{code} x {number}" for code, number in summary["ledger"].items())

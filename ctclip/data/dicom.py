@@ -6,6 +6,7 @@ missing slice stretches the patient, a duplicate squeezes it) is refused or warn
 """
 
 import struct
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -283,7 +284,7 @@ def _slices(file: Path, header: Any, dropped: Counter[str]) -> list[Slice]:
         file=file,
         frame=None,
         sop_uid=str(header.get("SOPInstanceUID") or ""),
-        series_uid=str(header.get("SeriesInstanceUID") or "no SeriesInstanceUID"),
+        series_uid=str(header.get("SeriesInstanceUID") or _name_of_folder(file)),
         study_uid=str(header.get("StudyInstanceUID") or ""),
         patient_id=str(header.get("PatientID") or ""),
         modality=modality,
@@ -297,6 +298,11 @@ def _slices(file: Path, header: Any, dropped: Counter[str]) -> list[Slice]:
         meta=_meta(header),
     )
     return _frames(single, header) if "PerFrameFunctionalGroupsSequence" in header else [single]
+
+
+def _name_of_folder(file: Path) -> str:
+    """What stands in for a missing UID: files of one folder belong together, others do not."""
+    return f"{file.parent.name}-{zlib.crc32(str(file.parent.absolute()).encode()):08x}"
 
 
 def _frames(single: Slice, header: Any) -> list[Slice]:

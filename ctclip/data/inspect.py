@@ -106,6 +106,8 @@ def render(result: InspectResult) -> "RenderableType":
     from rich.text import Text
 
     facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")
     for name, value in result.facts():
         facts.add_row(Text(name, style="bold"), Text(value))
     styles = {"info": "dim", "note": "cyan", "warn": "yellow", "hold": "bold red"}

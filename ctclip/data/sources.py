@@ -30,7 +30,7 @@ NAMES: dict[Kind, str] = {
     "manifest": "a manifest",
     "ct-rate": "CT-RATE",
     "rad-chestct": "RAD-ChestCT",
-    "dicom": "DICOM",
+    "dicom": "DICOM, as it holds no table and no other scan",
     "files": "scans without a table, one patient each",
 }
 
@@ -172,17 +172,20 @@ def _dicom_studies(folder: Path) -> tuple[list[VolumeRecord], list[Problem]]:
         for one in members:
             if one is best:
                 continue
-            detail = (
-                "another series of this study is used"
-                if best
-                else "no axial series of 8 slices or more"
-            )
             where = str(one.slices[0].file.parent)
             problems.append(
-                Problem(where, "refused" if best is None else "noted", "series", detail, one.uid)
+                Problem(where, "refused", "no-axial-series", "no axial series of 8 slices", one.uid)
+                if best is None
+                else Problem(where, "noted", "other-series", f"{best.uid} is used", one.uid)
             )
-        if best is not None:
-            records.append(_dicom_record(folder, study, best))
+        if best is None:
+            continue
+        record = _dicom_record(folder, study, best)
+        records.append(record)
+        if not best.slices[0].patient_id:
+            detail = "no PatientID; this study is taken for a patient of its own"
+            where = str(record.path)
+            problems.append(Problem(where, "warned", "no-patient-id", detail, record.volume_id))
     return records, problems
 
 

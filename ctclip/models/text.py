@@ -82,6 +82,15 @@ class TextLengths:
     num_cut: int
     """Tokens that are left out."""
 
+    def __add__(self, other: "TextLengths") -> "TextLengths":
+        """Of both together."""
+        return TextLengths(
+            self.num_texts + other.num_texts,
+            self.num_truncated + other.num_truncated,
+            self.num_tokens + other.num_tokens,
+            self.num_cut + other.num_cut,
+        )
+
     @property
     def truncated_share(self) -> float:
         """Of the texts."""

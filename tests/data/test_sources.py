@@ -73,6 +73,21 @@ def test_a_dicom_archive_gives_the_best_series_of_each_study(tmp_path):
     assert {r.volume_id for r in prepared.records} == {"1.1", "1.3"}
 
 
+def test_dicom_folders_without_identifiers_are_kept_apart_and_warned_about(tmp_path):
+    def anonymous(_, dataset):
+        del dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.PatientID
+
+    for number in (1, 2):
+        hu = chest_hu((24, 24, 32), seed=number)
+        write_series(tmp_path / f"{number}/CT", hu, series=f"1.{number}", edit=anonymous)
+    records, problems = read_source(tmp_path)
+    assert len({record.volume_id for record in records}) == 2
+    assert len({record.patient_id for record in records}) == 2
+    assert [problem.code for problem in problems] == ["no-patient-id", "no-patient-id"]
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    assert len(prepared.records) == 2
+
+
 def test_several_series_in_one_folder_can_be_prepared(tmp_path):
     hu = chest_hu((24, 24, 32))
     write_series(tmp_path / "all", hu, series="1.1")
