@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from ctclip.data.cohort import CorruptVolumeError
 from ctclip.evaluation import metrics, scoring, zero_shot
 
 
@@ -97,3 +98,16 @@ def test_the_training_evaluator_reports_what_it_can_measure():
         np.mean([values[f"zero_shot/{f}"] for f in FINDINGS if f"zero_shot/{f}" in values])
     )
     assert model.training
+
+    def damaged(volume):
+        if volume == "v0":
+            raise CorruptVolumeError("v0.b2nd", "damaged-cache", "its checksum differs")
+        return read(volume)
+
+    read, cohort.read = cohort.read, damaged
+    rest = SimpleNamespace(
+        split=lambda name: records[1:], read=read, volume_config=cohort.volume_config
+    )
+    assert zero_shot.evaluator(cohort, "valid")(model, tokenizer) == zero_shot.evaluator(
+        rest, "valid"
+    )(model, tokenizer)
