@@ -72,9 +72,13 @@ def sample_scanners(rng: np.random.Generator, count: int) -> list[Scanner]:
 
 def field_of_view(patient: Patient, rng: np.random.Generator) -> tuple[Array, Array]:
     """World corners (z, y, x) of a scan that covers the lungs with a technician's margins."""
-    low_z = (-178.0 - patient.breath_mm) * patient.scale[0] - rng.uniform(2, 40)
+    low_z = (-178.0 - patient.breath_mm) * patient.scale[0] - rng.uniform(2, 55)
     high_z = anatomy.APEX_MM * patient.scale[0] + rng.uniform(6, 32)
-    width = 2 * (158.0 / np.sqrt(patient.barrel) + patient.fat_mm + 3.0) * patient.scale[2]
+    width = (
+        2
+        * (158.0 * patient.muscle / np.sqrt(patient.barrel) + patient.fat_mm + 3.0)
+        * patient.scale[2]
+    )
     side = float(np.clip(width * rng.uniform(0.97, 1.15), 290, 500))
     y = patient.position_mm[1] + 8.0 + rng.normal(0, 6)
     x = patient.position_mm[2] + rng.normal(0, 5)

@@ -43,6 +43,9 @@ class Patient:
     fat_mm: float
     """Subcutaneous fat at the flank."""
 
+    muscle: float
+    """Girth of the chest wall's muscles against the template's."""
+
     breast_mm: float
     """Breast tissue in front of the pectoral muscle, 0 for most men."""
 
@@ -59,6 +62,18 @@ class Patient:
     """How far mid-thoracic vertebrae lie behind the line through the first and the last."""
 
     lung_hu: float = -865.0
+    lung_gradient: float = 0.22
+    """How much denser aerated lung becomes per mm towards the table (HU/mm)."""
+
+    dependent_hu: float = 0.0
+    """Extra density of the lung at the pleura that lies on the table, fading within 2 cm."""
+
+    airway_wall: float = 1.0
+    """Thickness of the bronchial walls against a healthy adult's."""
+
+    vessels: float = 1.0
+    """Calibre of the pulmonary vessels."""
+
     blood_hu: float = 42.0
     """Unenhanced 35-50; with contrast medium up to 250."""
 
@@ -115,15 +130,20 @@ def sample_patient(rng: np.random.Generator, age: int, sex: str) -> Patient:
         position_mm=(0.0, float(rng.normal(0, 8)), float(rng.normal(0, 7))),
         roll_rad=float(rng.normal(0, 0.045)),
         lean=(float(rng.normal(0, 0.035)), float(rng.normal(0, 0.02))),
-        breath_mm=float(np.clip(rng.normal(0, 11), -28, 24)),
+        breath_mm=float(np.clip(rng.normal(0, 13), -32, 28)),
         barrel=float(np.clip(rng.normal(1, 0.05), 0.88, 1.14)),
         fat_mm=float(np.clip(rng.lognormal(2.65, 0.45), 4, 45)),
+        muscle=float(np.clip(rng.normal(1.05, 0.06), 0.97, 1.18)),
         breast_mm=float(np.clip(rng.normal(22, 9), 0, 45)) if sex == "F" else 0.0,
-        heart=float(np.clip(rng.normal(1.0, 0.045), 0.88, 1.09)),
+        heart=float(np.clip(rng.normal(1.0, 0.065), 0.84, 1.10)),
         heart_turn_rad=float(rng.normal(0, 0.14)),
         aorta=float(np.clip(rng.normal(1.0, 0.08), 0.82, 1.25)),
         kyphosis_mm=float(np.clip(rng.normal(8, 5), 0, 22)),
         lung_hu=float(np.clip(rng.normal(-850, 45), -915, -720)),
+        lung_gradient=float(np.clip(rng.normal(0.3, 0.25), 0.0, 1.0)),
+        dependent_hu=float(min(rng.exponential(80.0), 300.0)),
+        airway_wall=float(np.clip(np.exp(rng.normal(0, 0.2)), 0.65, 1.5)),
+        vessels=float(np.exp(rng.normal(0, 0.08))),
         blood_hu=float(rng.uniform(110, 240) if contrast else rng.normal(42, 4)),
         marrow_hu=float(np.clip(rng.normal(185, 45), 90, 300)),
         liver_hu=float(np.clip(rng.normal(57, 8), 20, 75)) + (40.0 if contrast else 0.0),

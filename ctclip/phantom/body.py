@@ -34,8 +34,8 @@ def skin(patient: Patient, z: Array, y: Array, x: Array) -> tuple[Array, Array]:
     width = np.interp(z, heights, [146, 154, 156, 158, 164, 176, 160, 120])
     depth = np.interp(z, heights, [100, 106, 109, 107, 99, 87, 76, 70])
     centre = np.interp(z, heights, [2, 3, 3, 3, 7, 14, 20, 24]).astype(np.float32)
-    width = (width / np.sqrt(patient.barrel)).astype(np.float32)
-    depth = (depth * patient.barrel).astype(np.float32)
+    width = (width * patient.muscle / np.sqrt(patient.barrel)).astype(np.float32)
+    depth = (depth * patient.muscle * patient.barrel).astype(np.float32)
     depth = np.broadcast_to(depth, z.shape)
     y = y - centre
     u, v = np.abs(x) / width, np.abs(y) / depth
@@ -88,7 +88,9 @@ def _paint_table(scene: Scene) -> None:
     """The room's air and the table: a curved shell around foam, fixed to the scanner."""
     patient, grid, hu = scene.patient, scene.grid, scene.hu
     _, y, x = grid.axes
-    _, back, _ = patient.to_world(np.array([-60.0, 112.0 + 0.75 * patient.fat_mm, 0.0]))
+    _, back, _ = patient.to_world(
+        np.array([-60.0, 112.0 * patient.muscle + 0.75 * patient.fat_mm, 0.0])
+    )
     sag = np.float32(back) + 5.0 - 0.00095 * x * x
     upper, lower = sag - y, y - (sag + 26.0 - 0.0004 * x * x)
     inside = np.maximum(np.maximum(upper, lower), np.abs(x) - 215.0)
@@ -277,8 +279,11 @@ def _paint_inside(scene: Scene) -> None:
     blend(hu, coverage(cavity, edge), FAT_HU)
     _paint_abdomen(scene, cavity, edge)
     _paint_heart(scene)
-    air = patient.lung_hu + 0.22 * (y + 10.0) - 0.12 * (z + 40.0)
+    air = patient.lung_hu + np.float32(patient.lung_gradient) * (y + 10.0) - 0.12 * (z + 40.0)
     air += 14.0 * scene.field("lung", 14.0)
+    # Lung under its own weight: normal, and no radiologist reports it.
+    weight = np.clip((y - 15.0) / 55.0, 0.0, 1.0) * np.exp(np.clip(scene.lung, -60.0, 0.0) / 9.0)
+    air += np.float32(patient.dependent_hu) * weight.astype(np.float32)
     blend(hu, coverage(scene.lung, scene.grid.edge_mm), air)
     _paint_fissures(scene)
     _paint_tubes(scene)
@@ -436,7 +441,8 @@ def paint_trees(scene: Scene) -> None:
     """Pulmonary vessels and bronchi."""
     trees.paint_tree(scene.hu, scene.grid, scene.trees.arteries, scene.patient.blood_hu)
     trees.paint_tree(scene.hu, scene.grid, scene.trees.veins, scene.patient.blood_hu)
-    paint_bronchi(scene.grid, scene.hu, scene.trees.bronchi, wall_mm=0.9)
+    wall_mm = 0.9 * scene.patient.airway_wall
+    paint_bronchi(scene.grid, scene.hu, scene.trees.bronchi, wall_mm)
 
 
 def paint_bronchi(grid: Grid, hu: Array, bronchi: trees.Tree, wall_mm: float) -> None:

@@ -33,7 +33,6 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ctclip import config as configs
 from ctclip.findings import FINDINGS
@@ -41,10 +40,11 @@ from ctclip.phantom import acquisition, anatomy, findings, prevalence, reports
 from ctclip.phantom.grid import Grid
 from ctclip.phantom.lesions import Lesion
 from ctclip.phantom.reports import ReportConfig
+from ctclip.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-DRAWING_VERSION = 6
+DRAWING_VERSION = 7
 """Part of the fingerprint: raised when the same seed draws other voxels or words."""
 
 
@@ -123,16 +123,10 @@ def build(config: PhantomConfig, out: Path) -> Path:
     indices = range(config.num_patients)
     missing = [i for i in indices if not _record_path(out, i).exists()]
     start = time.perf_counter()
-    progress = tqdm(
-        _work(config, out, missing),
-        total=config.num_patients,
-        initial=config.num_patients - len(missing),
-        desc="phantoms",
-        unit="patient",
-        disable=None,
-    )
-    for _ in progress:
-        pass
+    done = config.num_patients - len(missing)
+    with Progress(config.num_patients, "draw", "patient", done=done) as progress:
+        for _ in _work(config, out, missing):
+            progress.update()
     elapsed_s = time.perf_counter() - start
     if missing:
         rate = len(missing) / elapsed_s
@@ -147,11 +141,11 @@ def _claim(config: PhantomConfig, out: Path) -> None:
     """Mark the folder as this config's, or refuse it."""
     marker = out / "cohort.yaml"
     if marker.exists():
-        first = marker.read_text(encoding="utf-8").splitlines()[:1]
-        if first != [f"# fingerprint {config.fingerprint}"]:
+        text = marker.read_text(encoding="utf-8")
+        if text.splitlines()[:1] != [f"# fingerprint {config.fingerprint}"]:
             raise CohortError(
-                f"{marker} was written for another cohort ({' '.join(first).strip('# ')}, this "
-                f"config has {config.fingerprint}); choose another folder or delete {out}"
+                f"{marker} was written for another cohort ({_difference(config, text)}); choose "
+                f"another folder or delete {out}"
             )
     elif any((out / "records").iterdir()):
         raise CohortError(f"{out} holds patients but no cohort.yaml; delete it and build again")
@@ -160,6 +154,23 @@ def _claim(config: PhantomConfig, out: Path) -> None:
     for line in _yaml(config):
         buffer.write(line)
     _write_atomic(marker, buffer.getvalue().encode())
+
+
+def _difference(config: PhantomConfig, text: str) -> str:
+    """What sets a cohort's ``cohort.yaml`` apart from this config, in words."""
+    import yaml
+
+    try:
+        there = dict(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError, ValueError):
+        return "the file can't be read"
+    here = yaml.safe_load("".join(_yaml(config)))
+    changed = [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(set(there) | set(here))
+        if there.get(key) != here.get(key) and key not in ("num_patients", "workers")
+    ]
+    return "; ".join(changed) or "its pictures were drawn by another version of ctclip"
 
 
 def _yaml(config: PhantomConfig) -> Iterable[str]:

@@ -263,7 +263,7 @@ def _septa(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesion]
     sides = _sides(rng, 0.86, 0.06, 0.08)
     side = "both" if len(sides) == 2 else sides[0]
     lobes = [RIGHT_LOWER, LEFT_LOWER] if side == "both" else [LOBES[side][2]]
-    return [_lesion(finding, rng, "smooth", side, "+".join(lobes), 1.1 + 1.2 * severity, severity)]
+    return [_lesion(finding, rng, "smooth", side, "+".join(lobes), 1.1 + 1.0 * severity, severity)]
 
 
 def _walls(finding: str, sites: Sites, rng: np.random.Generator) -> list[Lesion]:

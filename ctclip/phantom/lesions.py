@@ -305,7 +305,7 @@ def _mosaic(scene: Scene, lesion: Lesion) -> None:
     patches = scene.field(lesion.name, lesion.size_mm, box)
     fine = scene.field(lesion.name + "/fine", lesion.size_mm * 0.45, box)
     sign = np.clip((patches + 0.35 * fine) * 7.0, -1.0, 1.0)
-    contrast = np.float32(45.0 + 55.0 * lesion.severity)
+    contrast = np.float32(40.0 + 50.0 * lesion.severity)
     lung = coverage(scene.lung[box] + 2.0, 3.0) * (scene.hu[box] < -550.0)
     scene.hu[box] += contrast * sign * lung
 
@@ -342,9 +342,9 @@ def _septal(scene: Scene, lesion: Lesion) -> None:
     if not isinstance(side, float):
         fade = fade * side.ravel()[where]
     value = flat[where]
-    raise_to(value, (share * fade).astype(np.float32), -220.0)
+    raise_to(value, (share * fade).astype(np.float32), -300.0)
     # Interstitial oedema hazes the lobules a little as well.
-    raise_to(value, (0.2 * lesion.severity * fade).astype(np.float32), -620.0)
+    raise_to(value, (0.12 * lesion.severity * fade).astype(np.float32), -620.0)
     flat[where] = value
     scene.hu[box] = flat.reshape(grid.shape)
 
@@ -420,13 +420,13 @@ def _peribronchial(scene: Scene, lesion: Lesion) -> None:
 
 def _bronchiectasis(scene: Scene, lesion: Lesion) -> None:
     """Bronchi wider than their artery (signet ring), not tapering, visible near the pleura."""
-    bronchi = _some_bronchi(scene, lesion, 0.7, 2.6)
-    factor = 1.6 + 0.9 * lesion.severity
+    bronchi = _some_bronchi(scene, lesion, 0.8, 1.9)
+    factor = 1.5 + 0.8 * lesion.severity
     wide = np.maximum(bronchi.radius * factor, lesion.size_mm / 2 * 0.6).astype(np.float32)
     if lesion.kind == "cystic":
         wide = wide * lesion.rng().uniform(0.9, 1.4, len(wide)).astype(np.float32)
     dilated = trees.Tree(bronchi.start, bronchi.stop, wide, bronchi.lobe)
-    body.paint_bronchi(scene.grid, scene.hu, dilated, 1.3)
+    body.paint_bronchi(scene.grid, scene.hu, dilated, 0.9)
 
 
 # --- heart, vessels, mediastinum, devices -----------------------

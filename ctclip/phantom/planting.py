@@ -107,6 +107,7 @@ def _fit(low_mm: Array, high_mm: Array, seed: int) -> Patient:
         breath_mm=0.0,
         barrel=1.0,
         fat_mm=15.0,
+        muscle=1.0,
         breast_mm=0.0,
         tree_seed=seed,
     )

@@ -106,7 +106,7 @@ def grow_trees(patient: Patient, ends: int = 256) -> LungTrees:
             points = points[points[:, 2] * sign > 0]
             assert len(points) >= ends
             root = np.array(HILA[kind][side], np.float32)
-            end_radius = 0.95 * (256 / ends) ** MURRAY
+            end_radius = 0.95 * patient.vessels * (256 / ends) ** MURRAY
             start, stop, radius = _grow(root, points[:ends], end_radius, rng)
             trees[kind].append(_in_world(patient, start, stop, radius))
             if kind == "arteries":
