@@ -1,21 +1,29 @@
 """Is the verdict of the train-set fit right where the reason was planted?
 
 python benchmarks/train_fit.py
+python benchmarks/train_fit.py --name phantom --ckpt runs/quickstart/train/model.safetensors … \
+    --cohort runs/quickstart/cohort --truth runs/quickstart/phantoms
 
-18 diseases with a known state each: learnt, invisible, seen only when large, missed by its
-prompts, memorised, rare, and wrongly labelled. Embeddings are simulated, so that the state is
-known exactly; three seeds. Writes benchmarks/results/train_fit.json.
+Simulated: 18 diseases with a known state each: learnt, invisible, seen only when large, missed by
+its prompts, memorised, rare, and wrongly labelled; three seeds. Phantom: one checkpoint per seed;
+labels of one disease that the model sees are flipped or dropped, and its verdict must be that its
+labels are suspect; that of nodules below the resolution must be that they are too small; every
+other disease's must be what the criteria say where labels are known to be right. Writes
+benchmarks/results/train_fit.json, or train_fit_<name>.json.
 """
 
 import argparse
+import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import label_audit as label_audit_benchmark
 import numpy as np
 
 from ctclip.embeddings import EmbeddingTable
-from ctclip.evaluation import label_audit, planted, train_fit
+from ctclip.evaluation import label_audit, planted, scoring, train_fit, verdicts
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.evaluation.scores import ScoreTable
 from ctclip.evaluation.scoring import ZeroShotConfig
@@ -35,30 +43,100 @@ RESOLUTION_MM = 9.0
 """Nodules below this leave no trace in the embedding."""
 
 
+RATES = (0.05, 0.1, 0.2, 0.3)
+CORRUPTED = 2
+"""Diseases of each checkpoint that are corrupted, one at a time."""
+
+
 def main() -> None:
     """Plant, judge, count."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--corruption", type=float, default=0.2, help="share of labels flipped")
+    parser.add_argument("--ckpt", nargs="+", help="one checkpoint per seed")
+    parser.add_argument("--cohort", nargs="+", help="prepared phantom cohort, of all or of each")
+    parser.add_argument("--truth", nargs="+", help="phantom folder, of all or of each")
+    parser.add_argument("--cache", default="runs/label_audit", help="folder of the embeddings")
+    parser.add_argument("--name", help="of the result; the simulation has none")
     args = parser.parse_args()
-    runs = []
-    for seed in range(args.seeds):
-        found = judge(seed, args.corruption)
-        wrong = [
-            {"finding": j.evidence.finding, "planted": PLAN[k].value, "verdict": j.verdict.value}
-            for k, j in enumerate(found)
-            if j.verdict is not PLAN[k]
-        ]
-        runs.append({"seed": seed, "right_of_18": 18 - len(wrong), "wrong": wrong})
-    result = {
-        "command": f"python benchmarks/train_fit.py --seeds {args.seeds} "
-        f"--corruption {args.corruption}",
-        "runs": runs,
-    }
-    path = Path(__file__).parent / "results" / "train_fit.json"
+    if args.ckpt:
+        places = enumerate(label_audit_benchmark.places(args))
+        runs = [run for seed, place in places for run in on_phantoms(place, seed, args.cache)]
+    else:
+        runs = [simulated(seed, args.corruption) for seed in range(args.seeds)]
+    result = {"command": "python " + " ".join(sys.argv), "runs": runs}
+    stem = "train_fit" if args.name is None else f"train_fit_{args.name}"
+    path = Path(__file__).parent / "results" / f"{stem}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
+
+
+def simulated(seed: int, corruption: float) -> dict:
+    """Every state planted into simulated embeddings."""
+    found = judge(seed, corruption)
+    wrong = [
+        {"finding": j.evidence.finding, "planted": PLAN[k].value, "verdict": j.verdict.value}
+        for k, j in enumerate(found)
+        if j.verdict is not PLAN[k]
+    ]
+    return {"seed": seed, "right_of_18": 18 - len(wrong), "wrong": wrong}
+
+
+def on_phantoms(place: tuple[str, str, str], seed: int, cache: str) -> list[dict]:
+    """One checkpoint: errors of each kind and rate planted into diseases that it sees."""
+    from ctclip import checkpoint as checkpoints
+
+    case = label_audit_benchmark.phantoms(*place, cache)
+    train, test, texts = case.train, case.test, case.texts
+    checkpoint = checkpoints.load(place[0])
+    config = TrainFitConfig(
+        zero_shot=ZeroShotConfig(replicates=500), audit=AuditConfig(replicates=40, seed=seed)
+    )
+    sizes = train_fit.read_sizes(Path(place[2]) / "truth.csv")
+    clean = label_audit.audit(train, texts, config.audit)
+    tables = [
+        scoring.score_embeddings(checkpoint, table, config.zero_shot, "model")
+        for table in (train, test)
+    ]
+    token_mm = train_fit._token_mm(checkpoint)
+    said = label_audit.read_reports(texts, train.volume_id)
+    seen = [k for k in range(18) if clean.findings[k].auroc >= label_audit_benchmark.VISIBLE]
+    rows = []
+    for k in np.random.default_rng(seed).permutation(seen)[:CORRUPTED].tolist():
+        for kind, rate in itertools.product(("flip", "drop"), RATES):
+            labels = train.labels.copy()
+            bad = planted.corrupt(labels[:, k], rate, kind, seed)
+            labels[bad, k] = 1 - labels[bad, k]
+            spoilt = replace(train, labels=labels)
+            findings = list(clean.findings)
+            findings[k] = label_audit._audit_finding(
+                spoilt, k, np.asarray(train.patient_id), said, config.audit
+            )
+            audited = replace(clean, findings=findings)
+            scored = [replace(tables[0], labels=labels.astype(float)), tables[1]]
+            judged = train_fit.assess(scored, audited, config, sizes=sizes, token_mm=token_mm)
+            wrong = []
+            for j, judgement in enumerate(judged):
+                expected = verdicts.judge(replace(judgement.evidence, noise=None), config.criteria)
+                right = Verdict.LABELS if j == k else expected.verdict
+                right = Verdict.SMALL if j == NODULE else right
+                if judgement.verdict is not right:
+                    name, verdict = judgement.evidence.finding, judgement.verdict.value
+                    wrong.append({"finding": name, "right": right.value, "verdict": verdict})
+            rows.append(
+                {
+                    "seed": seed,
+                    "corrupted": FINDINGS[k],
+                    "kind": kind,
+                    "rate": rate,
+                    "right_of_18": 18 - len(wrong),
+                    "corrupted_called_suspect": judged[k].verdict is Verdict.LABELS,
+                    "nodules_called_too_small": judged[NODULE].verdict is Verdict.SMALL,
+                    "wrong": wrong,
+                }
+            )
+    return rows
 
 
 def judge(seed: int, corruption: float) -> list[train_fit.Judgement]:

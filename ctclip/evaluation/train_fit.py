@@ -76,6 +76,7 @@ def run(
     """
     from ctclip import checkpoint as checkpoints
     from ctclip.data.cohort import PreparedCohort
+    from ctclip.data.report import report_text
     from ctclip.embeddings import embed_volumes
 
     config = config or TrainFitConfig()
@@ -112,7 +113,8 @@ def run(
         ]
         for k, finding in enumerate(FINDINGS):
             curve[finding].append(metrics.auroc(tables[0].labels[:, k], tables[0].scores[:, k]))
-    audited = label_audit.audit(embedded[0], None, config.audit)
+    texts = {r.volume_id: report_text(r.findings, r.impression) for r in records[0]}
+    audited = label_audit.audit(embedded[0], texts, config.audit)
     prompt_set = prompts.of(checkpoint, config.zero_shot.prompts)
     prompt_vectors = prompts.encode_prompts(checkpoint, prompt_set)
     found = assess(
@@ -303,7 +305,7 @@ def as_frame(found: Sequence[Judgement]) -> pd.DataFrame:
 def _fit(table: ScoreTable, k: int, replicates: np.ndarray) -> SplitFit:
     labels, scores = table.labels[:, k], table.scores[:, k]
     mask = ~np.isnan(labels) & ~np.isnan(scores)
-    low, high = bootstrap.interval(replicates[:, k])
+    low, high = metrics.auroc_interval(labels, scores, table.patient_id, replicates[:, k])
     return SplitFit(
         auroc=metrics.auroc(labels, scores),
         low=low,

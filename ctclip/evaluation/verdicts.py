@@ -41,6 +41,10 @@ class Criteria:
     noise: float = 0.03
     """AUROC that wrong labels must take away, at the interval's lower end, to be the reason."""
 
+    missed: float = 0.05
+    """Share of the true cases labelled absent, at the interval's lower end, from which labels are
+    suspect even if a rank statistic hardly feels it: in a rare finding they are few among many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFit:
@@ -131,7 +135,11 @@ def _verdict(evidence: Evidence, criteria: Criteria) -> Verdict:
 
 def _labels_are_the_reason(evidence: Evidence, criteria: Criteria) -> bool:
     noise = evidence.noise
-    if noise is None or not noise.is_identified or not noise.auroc_lost_low > criteria.noise:
+    if noise is None or not noise.is_identified:
+        return False
+    if noise.missed_low > criteria.missed:
+        return True
+    if not noise.auroc_lost_low > criteria.noise:
         return False
     only_false = noise.missed_low < 0.02 and noise.false_low > 0
     # what looks like a false label may be a lesion too small to see

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctclip.evaluation import label_audit, metrics, planted, train_fit
+from ctclip.evaluation import label_audit, metrics, noise, planted, train_fit
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.evaluation.scores import ScoreTable
 from ctclip.evaluation.scoring import ZeroShotConfig
@@ -109,6 +109,19 @@ def test_a_gap_that_could_be_chance_is_not_overfitting():
     assert judge(evidence).verdict is Verdict.LEARNT
     assert judge(replace(evidence, gap_low=0.02)).verdict is Verdict.OVERFITS
     assert judge(replace(evidence, gap_low=0.02), Criteria(gap=0.2)).verdict is Verdict.LEARNT
+
+
+def test_missed_cases_make_labels_suspect_though_auroc_hardly_feels_them():
+    rng = np.random.default_rng(0)
+    truth = (rng.random(2000) < 0.12).astype(float)
+    scores = rng.normal(size=2000) + 4 * truth
+    for rate, verdict in ((0.0, Verdict.LEARNT), (0.3, Verdict.LABELS)):
+        labels = truth.copy()
+        labels[planted.corrupt(truth, rate, "drop")] = 0.0
+        found = noise.estimate(scores, labels, np.arange(2000), replicates=40)
+        assert found.auroc_lost_low < 0.03
+        evidence = Evidence(finding="x", train=fit(0.95), test=fit(0.95), noise=found)
+        assert judge(evidence).verdict is verdict
 
 
 def test_lesions_that_are_only_seen_when_large_are_recognised():
