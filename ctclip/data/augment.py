@@ -36,6 +36,10 @@ class AugmentConfig:
     blur_voxels: float = 0.8
     """Largest sigma of a Gaussian, from sharp to soft kernel."""
 
+    crop_voxels: tuple[int, int, int] | None = None
+    """Read a random box of this size (D, H, W) instead of the whole volume: only its chunks are
+    read from disk, and a step costs less. The report may speak of what lies outside."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")

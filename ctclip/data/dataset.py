@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from ctclip.data.augment import AugmentConfig
 
 __all__ = ["Batch", "CohortDataset", "EpochSampler", "Sample", "collate", "loader"]
+
+
+CROP_STREAM = 1
+"""Keeps the draw of a box apart from the draws of the other augmentation."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +99,29 @@ class CohortDataset(Dataset[Sample]):
         self.seed = seed
         self.epoch = epoch
         self.finish_later = finish_later
+        crop, size = augment.crop_voxels if augment else None, cohort.volume_config.size
+        if crop is not None and not all(0 < c <= n for c, n in zip(crop, size, strict=True)):
+            raise ValueError(f"augment.crop_voxels {crop} does not fit into volumes of {size}")
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        volume = torch.from_numpy(self.cohort.read(record.volume_id))
         draw = (self.seed, self.epoch, index)
+        volume = torch.from_numpy(self._read(record.volume_id, draw))
         if not self.finish_later:
             volume = self._finish(volume, draw)
         return Sample(volume, record, self.cohort.study_index[record.study_id], draw)
+
+    def _read(self, volume_id: str, draw: tuple[int, int, int]) -> np.ndarray:
+        """The volume, or the box of it that this draw gives."""
+        crop = self.augment.crop_voxels if self.augment else None
+        if crop is None:
+            return self.cohort.read(volume_id)
+        spare = np.subtract(self.cohort.volume_config.size, crop)
+        start = np.random.default_rng([*draw, CROP_STREAM]).integers(0, spare, endpoint=True)
+        return self.cohort.read_crop(volume_id, start.tolist(), crop)
 
     def _finish(self, volume_hu: Tensor, draw: tuple[int, int, int]) -> Tensor:
         """Augment and window one volume, where it is."""

@@ -82,6 +82,28 @@ def test_a_volume_that_was_damaged_later_is_never_data(tmp_path):
         dataset[1]
 
 
+def test_a_random_crop_is_a_box_of_the_volume_and_reaches_every_border(prepared):
+    still = AugmentConfig(probability=0.0, crop_voxels=(20, 24, 24))
+    whole = CohortDataset(prepared, prepared.records)[0].volume
+    starts = set()
+    for epoch in range(60):
+        dataset = CohortDataset(prepared, prepared.records, still, epoch=epoch)
+        box = dataset[0].volume
+        assert torch.equal(box, dataset[0].volume)
+        assert box.shape == (1, 20, 24, 24)
+        (start,) = [
+            (d, w)
+            for d in range(5)
+            for w in range(9)
+            if torch.equal(box, whole[:, d : d + 20, :, w : w + 24])
+        ]
+        starts.add(start)
+    assert {d for d, _ in starts} == set(range(5))
+    assert {w for _, w in starts} >= {0, 8}
+    with pytest.raises(ValueError, match="does not fit"):
+        CohortDataset(prepared, prepared.records, AugmentConfig(crop_voxels=(25, 24, 24)))
+
+
 WINDOWS = ((-1000.0, 1000.0), (-160.0, 240.0))
 
 
