@@ -4,12 +4,14 @@ B batch, C channels, D H W voxels, L tokens of text, E embedding width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 
 from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.inflate import inflate_from
@@ -181,12 +183,21 @@ class CTCLIP(nn.Module):
             output["text_features"] = self.encode_text(text, normalize=True)
         return output
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in backward, in both towers."""
+    def set_grad_checkpointing(
+        self, enable: bool = True, context_fn: Callable[[], Any] = noop_context_fn
+    ) -> None:
+        """Recompute activations in backward, in both towers.
+
+        Args:
+            enable: Or keep them all.
+            context_fn: Contexts of the text tower's forward and its repetition, as
+                ``torch.utils.checkpoint`` takes them; the volume tower has no dropout to repeat.
+        """
         self.visual.set_grad_checkpointing(enable)
         bert: Any = self.text.transformer
         if enable:
-            bert.gradient_checkpointing_enable({"use_reentrant": False})
+            options = {"use_reentrant": False, "context_fn": context_fn}
+            bert.gradient_checkpointing_enable(options)
         else:
             bert.gradient_checkpointing_disable()
 

@@ -18,7 +18,6 @@ from ctclip.training.text_views import (
     StudyText,
     TextViewConfig,
     polarity_table,
-    read_study,
     report_view,
     sentence_view,
     text_id,
@@ -65,9 +64,16 @@ class StepBuilder:
         self._seed = seed
         self._device = device
 
-    def __call__(self, batch: "Batch", step: int) -> tuple[list[MicroBatch], Targets]:
-        """Cut a batch into micro-batches; the step's sentence pairs travel in the last one."""
-        studies = [read_study(record) for record in batch.records]
+    def __call__(
+        self, batch: "Batch", studies: Sequence[StudyText], step: int
+    ) -> tuple[list[MicroBatch], Targets]:
+        """Cut a batch into micro-batches; the step's sentence pairs travel in the last one.
+
+        Args:
+            batch: This rank's volumes.
+            studies: Their reports.
+            step: Of the run.
+        """
         rows = batch.study.to(torch.int64)
         texts = self._texts(studies, rows, step)
         draws = [

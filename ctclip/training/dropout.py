@@ -6,6 +6,8 @@ training is then the same on any number of processes and micro-batches, the seco
 GradCache repeats the first, and resuming needs no generator state.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,20 @@ class SampleKeys:
 
     keys: Tensor | None = None
     """``(B,)`` int64, one per row; None falls back on torch's dropout."""
+
+    def kept_for_backward(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """``context_fn`` of activation checkpointing: the repetition gets the forward's keys."""
+        return contextlib.nullcontext(), self._holding(self.keys)
+
+    @contextlib.contextmanager
+    def _holding(self, keys: Tensor | None) -> Iterator[None]:
+        before, self.keys = self.keys, keys
+        try:
+            yield
+        finally:
+            self.keys = before
 
 
 class SampleDropout(nn.Module):

@@ -44,7 +44,7 @@ from ctclip.training.text_views import (
     SentenceBank,
     StudyText,
     TextViewConfig,
-    read_study,
+    read_sample,
     text_lengths,
 )
 from ctclip.training.text_warmup import TextWarmupConfig, prompt_spread, warm_up
@@ -160,6 +160,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             "checkpoint.evaluate_every=0 and evaluate model.safetensors of a checkpoint"
         )
     with (
+        resume.explained_disk_errors(job.out),
         Guard(config.guard, job.out, job.progress.skipped) as guard,
         Monitor(
             job.out,
@@ -173,10 +174,10 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
         if job.progress.step == 0:
             warmup = {f"text_warmup/{name}": value for name, value in job.warmup.items()}
             monitor.write(0, warmup | job.cut_text)
-        for batch, waited_s in job.batches():
+        for batch, studies, waited_s in job.batches():
             step = job.progress.step
             optim.set_lr(job.engine.optimizer, _lr(config, step))
-            micro_batches, targets = job.builder(batch, step)
+            micro_batches, targets = job.builder(batch, studies, step)
             with explained_memory(len(micro_batches[0].volume)):
                 done = accumulate(
                     job.engine,
@@ -185,7 +186,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
                     objective=functools.partial(job.objective, targets=targets),
                     is_usable=guard.is_usable,
                 )
-            grad_norm = optim.take_step(job.engine) if done.usable else None
+                grad_norm = optim.take_step(job.engine) if done.usable else None
             if grad_norm is None:
                 guard.skipped_step(step, float(done.loss), batch.records)
             else:
@@ -264,7 +265,7 @@ class _Job:
         device = _device()
         cohort = PreparedCohort.open(Path(config.cohort))
         records = _with_reports(cohort.split("train"), config)
-        studies = [read_study(record) for record in records]
+        studies = read_sample(records, seed=config.seed)
         bank = SentenceBank(studies)
 
         torch.manual_seed(config.seed)
@@ -288,8 +289,6 @@ class _Job:
             freeze(model.text)
         if config.optim.volume_lr_scale == 0.0:
             freeze(model.visual)
-        if config.engine.activation_checkpointing:
-            model.set_grad_checkpointing()
         if config.engine.compile:
             model.visual.compile()
 
@@ -299,7 +298,11 @@ class _Job:
         )
         source = _checkpoint_to_load(checkpoint, settings, out)
         engine = optim.start_engine(
-            Towers(model, config.engine.precision),
+            Towers(
+                model,
+                config.engine.precision,
+                checkpointing=config.engine.activation_checkpointing,
+            ),
             optim.param_groups(model, config.optim),
             config.optim,
             settings,
@@ -327,7 +330,7 @@ class _Job:
             progress=Progress(),
             device=device,
             warmup=warmup,
-            cut_text=_cut_text(studies, tokenizer, config.text),
+            cut_text=_cut_text(records, tokenizer, config.text),
         )
         if checkpoint is not None and source is not None:
             job.restore(checkpoint, source)
@@ -341,7 +344,7 @@ class _Job:
         volume = _volume_config(self.config, self.cohort)
         return self.config.batch_size * flops.per_study(self.model, volume.size, volume.channels)
 
-    def batches(self) -> Iterator[tuple[Batch, float]]:
+    def batches(self) -> Iterator[tuple[Batch, list[StudyText], float]]:
         """This rank's part of every step still to do, and how long it was waited for."""
         config = self.config
         is_stale = self.progress.is_stale(config.checkpoint)
@@ -373,11 +376,12 @@ class _Job:
         )
         while True:
             since = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
+            read = next(batches, None)
+            if read is None:
                 return
+            batch, studies = read
             waited_s = time.perf_counter() - since
-            yield dataset.finished(batch, self.device), waited_s
+            yield dataset.finished(batch, self.device), studies, waited_s
 
     def restore(self, checkpoint: Path, source: Path) -> None:
         """Go on from a checkpoint, whose engine state may have been converted elsewhere."""
@@ -540,10 +544,10 @@ def _with_reports(records: list[VolumeRecord], config: PretrainConfig) -> list[V
 
 
 def _cut_text(
-    studies: Sequence[StudyText], tokenizer: Tokenizer, config: TextViewConfig
+    records: Sequence[VolumeRecord], tokenizer: Tokenizer, config: TextViewConfig
 ) -> dict[str, float]:
     """Say how much of the training reports lies beyond the tokenizer's limit."""
-    found = text_lengths(studies, tokenizer, config)
+    found = text_lengths(records, tokenizer, config)
     if distributed.is_main():
         logger.info(
             "%d of %d training reports are longer than %d tokens; truncation=%s leaves out "

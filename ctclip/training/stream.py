@@ -19,6 +19,7 @@ from ctclip.data.cohort import UNREADABLE, CorruptVolumeError, note_unreadable
 from ctclip.data.dataset import Batch, CohortDataset, Sample, collate
 from ctclip.data.manifest import VolumeRecord
 from ctclip.training import resume
+from ctclip.training.text_views import StudyText, read_study
 
 logger = logging.getLogger(__name__)
 
@@ -123,17 +124,21 @@ class StreamDataset(Dataset[Sample]):
 
 def stream_loader(
     dataset: StreamDataset, stream: StudyStream, *, workers: int, pin_memory: bool
-) -> "DataLoader[Batch]":
-    """Read ahead along a stream; the order is the stream's whatever ``workers`` is."""
+) -> "DataLoader[tuple[Batch, list[StudyText]]]":
+    """Read volumes and reports ahead along a stream, in its order whatever ``workers`` is."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=stream,  # type: ignore[arg-type]
-        collate_fn=collate,
+        collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         worker_init_fn=_outlive_sigterm,
     )
+
+
+def _collate(samples: Sequence[Sample]) -> tuple[Batch, list[StudyText]]:
+    return collate(samples), [read_study(sample.record) for sample in samples]
 
 
 def rows_per_rank(batch_size: int) -> int:

@@ -8,6 +8,7 @@ sentence states or negates which finding is read from the reports themselves: no
 
 import functools
 import hashlib
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.random import Generator
 
+from ctclip import distributed
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.mentions import Mention, mentions
 from ctclip.data.report import clean, report_text, split_sentences
@@ -53,6 +55,9 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 )
 """Phrases that hospitals use for one thing, each of which can stand in the other's place."""
 
+
+REPORT_SAMPLE = 8192
+"""Studies whose reports are read before the start; the others are read with their volumes."""
 
 _GROUP_OF = {phrase: group for group in SYNONYMS for phrase in group}
 _PHRASE = re.compile(
@@ -106,7 +111,31 @@ def read_study(record: VolumeRecord) -> StudyText:
     return _read(record.findings, record.impression)
 
 
-@functools.lru_cache(maxsize=200_000)
+def read_sample(
+    records: Sequence[VolumeRecord], *, most: int = REPORT_SAMPLE, seed: int = 0
+) -> list[StudyText]:
+    """Read the reports of up to ``most`` studies, each process its share of them.
+
+    A real report takes milliseconds to read, and a cohort may hold millions.
+
+    Args:
+        records: One per volume.
+        most: Studies at the most; a larger cohort gives a random sample of that size.
+        seed: Of the sample.
+
+    Returns:
+        One per study, the same list on every rank.
+    """
+    chosen = list({record.study_id: record for record in records}.values())
+    if len(chosen) > most:
+        rng = np.random.default_rng([seed, 20_261])
+        chosen = [chosen[i] for i in np.sort(rng.choice(len(chosen), most, replace=False))]
+    rank, world = distributed.rank(), distributed.world_size()
+    parts = distributed.gather_objects([read_study(record) for record in chosen[rank::world]])
+    return [parts[i % world][i // world] for i in range(len(chosen))]
+
+
+@functools.lru_cache(maxsize=4096)
 def _read(findings: str | None, impression: str | None) -> StudyText:
     findings, impression = clean(findings), clean(impression)
     text = report_text(findings, impression)
@@ -171,11 +200,17 @@ def reworded(text: str, share: float, rng: Generator) -> str:
 
 
 def text_lengths(
-    studies: Iterable[StudyText], tokenizer: "Tokenizer", config: TextViewConfig
+    records: Iterable[VolumeRecord], tokenizer: "Tokenizer", config: TextViewConfig
 ) -> "TextLengths":
-    """Count what the tokenizer's limit takes from the reports, each different one once."""
-    reports = (report_text(s.findings, s.impression, config.sections) for s in studies)
-    return tokenizer.lengths([text for text in dict.fromkeys(reports) if text])
+    """Count what the tokenizer's limit takes from the reports, each different one once.
+
+    Every process counts its share.
+    """
+    reports = dict.fromkeys(
+        report_text(record.findings, record.impression, config.sections) for record in records
+    )
+    mine = [text for text in reports if text][distributed.rank() :: distributed.world_size()]
+    return functools.reduce(operator.add, distributed.gather_objects(tokenizer.lengths(mine)))
 
 
 def text_id(text: str) -> int:

@@ -34,13 +34,18 @@ class Towers(nn.Module):
     Args:
         model: The model; its state dict is the part of this module's under ``model.``.
         precision: bf16 runs the towers under autocast; features come back in float32.
+        checkpointing: Recompute activations in backward instead of keeping them.
     """
 
-    def __init__(self, model: "CTCLIP", precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(
+        self, model: "CTCLIP", precision: Literal["fp32", "bf16"], *, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._bf16 = precision == "bf16"
         self._sample_keys = make_reproducible(model)
+        if checkpointing:
+            model.set_grad_checkpointing(context_fn=self._sample_keys.kept_for_backward)
 
     def forward(self, batch: MicroBatch) -> Features:
         """Embed a micro-batch.

@@ -1,5 +1,6 @@
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ctclip.training.dropout import SampleDropout, make_reproducible
 
@@ -56,3 +57,17 @@ def test_without_keys_it_is_torchs_dropout():
     out = model[0](torch.ones(1000))
 
     assert 0.15 < (out == 0).float().mean() < 0.35
+
+
+def test_activation_checkpointing_repeats_the_masks_of_the_forward():
+    """The keys have moved on to the next text by the time that backward recomputes."""
+    layers, state = network(p=0.5)
+    x = torch.ones(2, 64, requires_grad=True)
+    state.keys = torch.tensor([5, 6])
+    out = checkpoint(layers, x, use_reentrant=False, context_fn=state.kept_for_backward)
+    state.keys = torch.tensor([7, 8])
+
+    out.sum().backward()
+
+    assert torch.equal(x.grad, out.detach())
+    assert torch.equal(state.keys, torch.tensor([7, 8]))

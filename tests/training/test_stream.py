@@ -1,4 +1,5 @@
 import collections
+import json
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_workers_do_not_change_what_is_read(tmp_path):
         stream = StudyStream(studies, batch_size=3, seed=0, start=0, stop=4)
         return [
             batch.volume.numpy()
-            for batch in stream_loader(dataset, stream, workers=workers, pin_memory=False)
+            for batch, _ in stream_loader(dataset, stream, workers=workers, pin_memory=False)
         ]
 
     for alone, helped in zip(read(0), read(2), strict=True):
@@ -95,6 +96,9 @@ def test_a_volume_that_became_unreadable_is_noted_and_replaced_the_same_way_ever
 
     assert dataset[0, 1].record.volume_id == studies[3].volume_id
     assert dataset[7, 1].record.volume_id == studies[3].volume_id
-    noted = (tmp_path / "unreadable_volumes.jsonl").read_text()
-    assert studies[1].volume_id in noted
-    assert studies[2].volume_id in noted
+    noted = [json.loads(line) for line in (tmp_path / "unreadable_volumes.jsonl").open()]
+    assert {(row["volume_id"], row["status"], row["code"]) for row in noted} == {
+        (studies[1].volume_id, "refused", "damaged-cache"),
+        (studies[2].volume_id, "refused", "missing-cache"),
+    }
+    assert len(noted) == 2

@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.random import default_rng
+from ranks import on_ranks
 
 from ctclip.data.manifest import VolumeRecord
 from ctclip.findings import FINDINGS
@@ -10,6 +12,7 @@ from ctclip.training.text_views import (
     SentenceBank,
     TextViewConfig,
     prompts,
+    read_sample,
     read_study,
     report_view,
     sentence_view,
@@ -139,3 +142,56 @@ def test_equal_texts_have_one_identity_whatever_their_case_and_margins():
     assert text_id(" No effusion. ") == text_id("no effusion.")
     assert text_id("No effusion.") != text_id("Effusion.")
     assert text_id("x") >= 0
+
+
+def records(num_studies: int) -> list[VolumeRecord]:
+    """Two volumes of each study."""
+    return [
+        VolumeRecord(
+            volume_id=f"{study}_{volume}",
+            study_id=f"{study}",
+            patient_id=f"{study}",
+            split="train",
+            path=None,
+            findings=f"Study {study}. There is no effusion.",
+        )
+        for study in range(num_studies)
+        for volume in range(2)
+    ]
+
+
+def sample_of_five():
+    return read_sample(records(9), most=5, seed=3)
+
+
+def test_ranks_share_the_reading_and_hold_the_same_sample():
+    alone = sample_of_five()
+    first, second = on_ranks(2, sample_of_five)
+
+    assert repr(first) == repr(second) == repr(alone)  # nan is not equal to itself
+    assert len({study.findings for study in alone}) == 5
+    assert [study.findings for study in read_sample(records(9))] == [
+        f"Study {study}. There is no effusion." for study in range(9)
+    ]
+
+
+def test_what_the_tokenizer_cuts_from_the_reports_is_counted_once_per_report():
+    from ctclip.models.text import Tokenizer
+    from ctclip.training.text_views import text_lengths
+
+    long = VolumeRecord(
+        volume_id="v",
+        study_id="s",
+        patient_id="p",
+        split="train",
+        path=None,
+        findings="No pleural effusion on the right side.",
+        impression="Nodule.",
+    )
+    short, none = replace(long, findings=None), replace(long, findings=None, impression=None)
+    tokenizer = Tokenizer.builtin(8)
+    length = tokenizer("No pleural effusion on the right side. Nodule.", 99).shape[1]
+    found = text_lengths([long, long, short, none], tokenizer, TextViewConfig())
+    assert (found.num_texts, found.num_truncated, found.num_cut) == (2, 1, length - 8)
+    found = text_lengths([long, short], tokenizer, TextViewConfig(sections="impression"))
+    assert (found.num_texts, found.num_truncated) == (1, 0)
