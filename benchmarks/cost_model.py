@@ -1,13 +1,16 @@
 """What would a pretraining run take on 1 to 1,024 GPUs? A model with few assumptions, all printed.
 
+python benchmarks/cost_model.py --out benchmarks/results/cost_model.json
 python benchmarks/cost_model.py --volumes-per-s 148      # put in what train_step.py measured
 
 time of a step = max(compute, reading) + the communication that compute doesn't hide
 """
 
 import argparse
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,27 +81,51 @@ def main() -> None:
     parser.add_argument("--volumes-per-s", type=float, default=Assumptions.volumes_per_s)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--zero", type=int, default=1)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     a = Assumptions(volumes_per_s=args.volumes_per_s)
 
+    rows = [
+        prediction(a, studies, epochs, gpus, args.zero)
+        for studies, epochs in ((24_128, args.epochs), (10_000_000, 3))
+        for gpus in (1, 8, 64, 256, 1024)
+    ]
     print("| studies | GPUs | batch | studies/s | efficiency | hours | dollars |")
     print("|---|---|---|---|---|---|---|")
-    for studies, epochs in ((24_128, args.epochs), (10_000_000, 3)):
-        for gpus in (1, 8, 64, 256, 1024):
-            batch = max(512, 16 * gpus)
-            rate = batch / step_s(a, batch, gpus, args.zero)
-            hours = studies * epochs / rate / 3600
-            cost = hours * gpus * a.dollars_per_gpu_hour
-            efficiency = rate / (gpus * a.volumes_per_s)
-            print(
-                f"| {studies:,} x {epochs} | {gpus} | {batch:,} | {rate:,.0f} | {efficiency:.0%} | "
-                f"{hours:,.1f} | {cost:,.0f} |"
-            )
+    for row in rows:
+        print(
+            f"| {row['studies']:,} x {row['epochs']} | {row['gpus']} | {row['batch']:,} | "
+            f"{row['studies_per_s']:,.0f} | {row['efficiency']:.0%} | {row['hours']:,.2f} | "
+            f"{row['dollars']:,.0f} |"
+        )
+    sent = [bytes_per_step(a, 512, 64, zero) for zero in range(4)]
     print("\n| bytes sent per GPU and step (MB) | ZeRO 0 | 1 | 2 | 3 |\n|---|---|---|---|---|")
-    table = [bytes_per_step(a, 512, 64, zero) for zero in range(4)]
-    for name in table[0]:
-        cells = " | ".join(f"{column[name] / 1e6:,.0f}" for column in table)
+    for name in sent[0]:
+        cells = " | ".join(f"{column[name] / 1e6:,.0f}" for column in sent)
         print(f"| {name} | {cells} |")
+    if args.out is not None:
+        result = {"assumptions": asdict(a), "zero": args.zero, "rows": rows, "bytes_sent": sent}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def prediction(
+    a: Assumptions, studies: int, epochs: int, gpus: int, zero: int
+) -> dict[str, float | int]:
+    """One row: the global batch grows with the GPUs once each has 16 studies of 512."""
+    batch = max(512, 16 * gpus)
+    rate = batch / step_s(a, batch, gpus, zero)
+    hours = studies * epochs / rate / 3600
+    return {
+        "studies": studies,
+        "epochs": epochs,
+        "gpus": gpus,
+        "batch": batch,
+        "studies_per_s": rate,
+        "efficiency": rate / (gpus * a.volumes_per_s),
+        "hours": hours,
+        "dollars": hours * gpus * a.dollars_per_gpu_hour,
+    }
 
 
 if __name__ == "__main__":

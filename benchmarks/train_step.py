@@ -9,6 +9,7 @@ of the micro-batch only, reading in the loop. Each runs in a process of its own.
 """
 
 import argparse
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -42,13 +43,15 @@ def main() -> None:
         cohort = make_cohort(Path(folder), tuple(args.size), max(2 * args.batch, 16))
         rows = []
         for variant in (plain, recipe):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(variant, (args, cohort, Path(folder) / "run")))
+            # Not a Pool, whose workers may have no children: the recipe reads ahead in some.
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                rows.append(pool.submit(variant, args, cohort, Path(folder) / "run").result())
     result = {"device": device_name(), "arguments": vars(args) | {"out": None}, "rows": rows}
     print(table(rows))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1))
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def make_cohort(folder: Path, size: tuple[int, ...], studies: int) -> Path:
