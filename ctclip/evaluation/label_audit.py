@@ -8,7 +8,6 @@ ones are never trained on, counted or listed, only given the probe's opinion.
 """
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from tqdm import tqdm
 
 from ctclip.evaluation import metrics, noise, probes
 from ctclip.findings import FINDINGS
+from ctclip.progress import track
 
 if TYPE_CHECKING:
     from ctclip.embeddings import EmbeddingTable
@@ -128,10 +127,9 @@ def audit(
     """
     config = config or AuditConfig()
     patient_id = np.asarray(table.patient_id)
-    hidden = not sys.stderr.isatty()
     said = read_reports(texts or {}, table.volume_id)
     findings, frames = [], []
-    for k in tqdm(range(len(FINDINGS)), desc="audit", unit="finding", disable=hidden):
+    for k in track(range(len(FINDINGS)), len(FINDINGS), "audit", "finding"):
         found = _audit_finding(table, k, patient_id, said, config)
         findings.append(found)
         frames.append(_suspects(table, k, found, said, config))

@@ -8,7 +8,6 @@ against diameter: the sensitivity curve of *this* model on *this* scanner.
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from ctclip.evaluation import bootstrap, metrics, plots, prompts, report, scoring
 from ctclip.evaluation.report import Picture, Section
+from ctclip.progress import Progress
 
 if TYPE_CHECKING:
     from ctclip.checkpoint import Checkpoint
@@ -92,10 +91,10 @@ def run(
     scorer = scorer_of(checkpoint, config)
     frames, refused = [], []
     jobs = len(volumes) * len(config.kinds) * len(config.diameters_mm) * config.repeats
-    with tqdm(total=jobs, desc="plant", unit="nodule", disable=not sys.stderr.isatty()) as bar:
+    with Progress(jobs, "plant", "nodule") as shown:
         for path in volumes:
             try:
-                frames.append(plant_scan(Path(path), checkpoint, scorer, config, bar))
+                frames.append(plant_scan(Path(path), checkpoint, scorer, config, shown))
             except ValueError as error:  # unreadable, or no lungs: say so and go on
                 refused.append(f"{Path(path).name}: {error}")
                 logger.warning("left out %s: %s", path, error)
@@ -126,7 +125,7 @@ def plant_scan(
     checkpoint: "Checkpoint",
     scorer: Scorer,
     config: LesionSizeConfig,
-    bar: "tqdm[None] | None" = None,
+    shown: Progress | None = None,
 ) -> pd.DataFrame:
     """Plant every nodule of the config into one scan, one at a time.
 
@@ -162,8 +161,8 @@ def plant_scan(
                 position = dict(zip("dhw", centre, strict=True))
                 row = {"volume": path.name, "kind": kind, "diameter_mm": diameter, "place": place}
                 rows.append(row | position | {"score": score, "without": without})
-                if bar is not None:
-                    bar.update()
+                if shown is not None:
+                    shown.update()
     return pd.DataFrame(rows)
 
 

@@ -6,7 +6,6 @@ the chest. Windows let a model that was trained on crops see a larger scan piece
 """
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from ctclip.progress import track
 
 if TYPE_CHECKING:
     from ctclip.checkpoint import Checkpoint
@@ -116,9 +116,8 @@ def score_records(
     model = checkpoint.model.to(device).eval()
     directions = torch.from_numpy(prompt_vectors[:, 0] - prompt_vectors[:, 1]).to(device)
     rows = []
-    hidden = not sys.stderr.isatty()
     with torch.inference_mode():
-        for record in tqdm(records, desc="score parts", unit="volume", disable=hidden):
+        for record in track(records, len(records), "score parts", "volume"):
             hu = torch.from_numpy(cohort.read(record.volume_id))[None].to(device).float()
             image = to_channels(hu, checkpoint.volume_config.windows_hu)
             boxes = windows(image.shape[2:], window or image.shape[2:])

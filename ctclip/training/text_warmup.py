@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from ctclip import losses
+from ctclip import distributed, losses
+from ctclip.progress import track
 from ctclip.training.text_views import (
     SentenceBank,
     StudyText,
@@ -104,7 +104,8 @@ def warm_up(
     def embed(texts: list[str]) -> torch.Tensor:
         return F.normalize(model.encode_text(tokenizer(texts).to(device)).float(), dim=-1)
 
-    for _ in tqdm(range(config.steps), "text warm-up", unit="step", disable=None):
+    hidden = not distributed.is_main()
+    for _ in track(range(config.steps), config.steps, "text warm-up", "step", hidden=hidden):
         first, second = (bank.pairs(rng, config.template_share) for _ in range(2))
         # Encoded apart: in one batch, every sentence would be padded to the longest report.
         sentences = embed([*first[0], *first[1], *second[0], *second[1]])
