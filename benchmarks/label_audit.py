@@ -2,7 +2,7 @@
 
 python benchmarks/label_audit.py
 python benchmarks/label_audit.py --name phantom --ckpt runs/quickstart/train/model.safetensors … \
-    --cohort runs/quickstart/cohort --truth runs/quickstart/phantoms/truth_labels.csv
+    --cohort runs/quickstart/cohort --truth runs/quickstart/phantoms
 
 Takes embeddings whose true labels are known (simulated ones, or those of a phantom cohort by one
 checkpoint per seed), makes some labels of one finding wrong, and asks the audit how many and
@@ -51,8 +51,8 @@ def main() -> None:
     """Run every seed, rate and kind."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--ckpt", nargs="+", help="one checkpoint per seed")
-    parser.add_argument("--cohort", help="their prepared phantom cohort")
-    parser.add_argument("--truth", help="its truth_labels.csv")
+    parser.add_argument("--cohort", nargs="+", help="prepared phantom cohort, of all or of each")
+    parser.add_argument("--truth", nargs="+", help="phantom folder, of all or of each")
     parser.add_argument("--cache", default="runs/label_audit", help="folder of the embeddings")
     parser.add_argument("--name", default="simulated")
     parser.add_argument("--seeds", type=int, default=3, help="of the simulation")
@@ -120,20 +120,18 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             train = planted.table(2000, seed=10 * seed, **options)
             yield Case(train, planted.table(1000, seed=10 * seed + 1, split="test", **options))
         return
-    truth = pd.read_csv(args.truth, dtype={"volume_id": str}).set_index("volume_id")
-    for path in args.ckpt:
-        found = embedded(path, args.cohort, args.cache)
-        tables = [
-            replace(table, labels=truth.loc[table.volume_id, list(FINDINGS)].to_numpy(np.float32))
-            for table in found[:2]
-        ]
-        yield Case(tables[0], tables[1], found[2])
+    for ckpt, cohort, folder in places(args):
+        yield phantoms(ckpt, cohort, folder, args.cache)
 
 
-def embedded(
-    ckpt: str, cohort: str, cache: str
-) -> tuple[EmbeddingTable, EmbeddingTable, dict[str, str]]:
-    """Training and test embeddings, computed once, and the training reports."""
+def places(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Checkpoint, cohort and phantom folder of each seed."""
+    for index, ckpt in enumerate(args.ckpt):
+        yield ckpt, args.cohort[index % len(args.cohort)], args.truth[index % len(args.truth)]
+
+
+def phantoms(ckpt: str, cohort: str, folder: str, cache: str) -> Case:
+    """Embeddings of a phantom cohort, computed once, with its true labels and its reports."""
     from ctclip import checkpoint as checkpoints
     from ctclip.data.cohort import PreparedCohort
     from ctclip.data.report import report_text
@@ -141,17 +139,17 @@ def embedded(
 
     checkpoint, prepared = checkpoints.load(ckpt), PreparedCohort.open(cohort)
     name = checkpoint.sha256[:12]
-    train, test = (
-        embed_volumes(
-            checkpoint,
-            prepared,
-            prepared.split(split),
-            out=Path(cache) / f"embeddings-{split}-{name}.parquet",
-        )
-        for split in ("train", "test")
-    )
-    texts = {r.volume_id: report_text(r.findings, r.impression) for r in prepared.split("train")}
-    return train, test, texts
+    truth = pd.read_csv(Path(folder) / "truth_labels.csv", dtype={"volume_id": str})
+    truth = truth.set_index("volume_id")[list(FINDINGS)]
+    tables = []
+    for split in ("train", "test"):
+        out = Path(cache) / f"embeddings-{split}-{name}.parquet"
+        table = embed_volumes(checkpoint, prepared, prepared.split(split), out=out)
+        labels = truth.loc[table.volume_id].to_numpy(np.float32)
+        tables.append(replace(table, labels=labels))
+    records = prepared.split("train")
+    texts = {r.volume_id: report_text(r.findings, r.impression) for r in records}
+    return Case(tables[0], tables[1], texts)
 
 
 def one(case: Case, k: int, kind: str, rate: float, seed: int) -> list[dict]:
