@@ -44,6 +44,8 @@ class Case:
 
     train: EmbeddingTable
     test: EmbeddingTable
+    """Every other patient."""
+
     texts: dict[str, str] | None = None
 
 
@@ -56,17 +58,17 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/label_audit", help="folder of the embeddings")
     parser.add_argument("--name", default="simulated")
     parser.add_argument("--seeds", type=int, default=3, help="of the simulation")
-    parser.add_argument("--findings", type=int, default=6, help="visible ones tried per seed")
+    parser.add_argument("--findings", type=int, default=6, help="visible ones per seed; 0: readers only")
     args = parser.parse_args()
 
     rows, corrections, visible = [], [], []
     for seed, case in enumerate(cases(args)):
         train, patient = case.train, np.asarray(case.train.patient_id)
         areas = []
-        for k in range(18):
+        for k in range(18 if args.findings else 0):
             logits = probes.out_of_fold(train.vectors, train.labels[:, k], patient)
             areas.append(metrics.auroc(train.labels[:, k], logits))
-        seen = [k for k in range(18) if areas[k] >= VISIBLE]
+        seen = [k for k, area in enumerate(areas) if area >= VISIBLE]
         visible.append({FINDINGS[k]: round(areas[k], 3) for k in seen})
         chosen = np.random.default_rng(seed).permutation(seen)[: args.findings]
         jobs = [(k, kind, rate) for k in chosen for kind in ("flip", "drop") for rate in RATES]
@@ -92,7 +94,9 @@ def main() -> None:
 
 def summarise(frame: pd.DataFrame) -> list[dict]:
     """Means over seeds and findings, per evidence, kind and rate."""
-    rows = []
+    rows: list[dict] = []
+    if frame.empty:
+        return rows
     for (evidence, kind, rate), group in frame.groupby(["evidence", "kind", "rate"]):
         rated = group[~group["withheld"]]
         rows.append(
@@ -136,20 +140,21 @@ def phantoms(ckpt: str, cohort: str, folder: str, cache: str) -> Case:
     from ctclip.data.cohort import PreparedCohort
     from ctclip.data.report import report_text
     from ctclip.embeddings import embed_volumes
+    from ctclip.embeddings.table import concatenate
 
     checkpoint, prepared = checkpoints.load(ckpt), PreparedCohort.open(cohort)
     name = checkpoint.sha256[:12]
     truth = pd.read_csv(Path(folder) / "truth_labels.csv", dtype={"volume_id": str})
     truth = truth.set_index("volume_id")[list(FINDINGS)]
     tables = []
-    for split in ("train", "test"):
+    for split in ("train", "valid", "test"):
         out = Path(cache) / f"embeddings-{split}-{name}.parquet"
         table = embed_volumes(checkpoint, prepared, prepared.split(split), out=out)
         labels = truth.loc[table.volume_id].to_numpy(np.float32)
         tables.append(replace(table, labels=labels))
     records = prepared.split("train")
     texts = {r.volume_id: report_text(r.findings, r.impression) for r in records}
-    return Case(tables[0], tables[1], texts)
+    return Case(tables[0], concatenate(tables[1:]), texts)
 
 
 def one(case: Case, k: int, kind: str, rate: float, seed: int) -> list[dict]:
