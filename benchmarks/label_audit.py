@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/label_audit", help="folder of the embeddings")
     parser.add_argument("--name", default="simulated")
     parser.add_argument("--seeds", type=int, default=3, help="of the simulation")
-    parser.add_argument("--findings", type=int, default=6, help="visible ones per seed; 0: readers only")
+    parser.add_argument(
+        "--findings", type=int, default=6, help="visible ones per seed; 0: readers only"
+    )
     args = parser.parse_args()
 
     rows, corrections, visible = [], [], []
