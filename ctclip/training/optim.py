@@ -222,6 +222,7 @@ def take_step(engine: Any) -> float | None:
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
+        _forget_offloaded_gradients(engine.optimizer)
         return None if engine.optimizer.overflow else float(engine.get_global_grad_norm())
     # DeepSpeed keeps no norm at stage 0 and would take a step on NaN.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -231,6 +232,16 @@ def take_step(engine: Any) -> float | None:
         return None
     engine.step()
     return norm
+
+
+def _forget_offloaded_gradients(optimizer: Any) -> None:
+    """Empty the buffers in which CPU offload adds up a step's micro-batches.
+
+    DeepSpeed (0.19.8) starts a parameter's sum afresh in the first micro-batch only. One that takes
+    part in later ones alone, as the temperature does, would get the last step's gradient as well.
+    """
+    for buffer in getattr(optimizer, "accumulated_grads_in_cpu", {}).values():
+        buffer.zero_()
 
 
 @contextlib.contextmanager
