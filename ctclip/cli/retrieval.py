@@ -35,6 +35,7 @@ def similar(argv: Sequence[str] | None = None) -> None:
     """
     parser = new_parser(similar.__doc__, "similar")
     parser.add_argument("--table", help="volumes.parquet that ctclip-embed wrote")
+    parser.add_argument("--index", help="index that ctclip-index built, instead of the table")
     parser.add_argument("--ckpt", help="model.safetensors, to ask by scan or text")
     parser.add_argument("--reports", help="reports.parquet: what is an ordinary similarity")
     parser.add_argument("--study", help="a study of the archive")
@@ -49,9 +50,15 @@ def similar(argv: Sequence[str] | None = None) -> None:
     from ctclip import config
     from ctclip.retrieval import similar as job
 
-    names = ("table", "reports", "study", "volume", "scan", "text", "k", "cohort", "out")
-    values = given(args, ckpt="checkpoint", **{name: name for name in names})
-    job.run(config.load(job.SimilarConfig, args.config, args.overrides, values))
+    names = ("table", "index", "reports", "study", "volume", "scan", "text", "k", "cohort", "out")
+    values = given(args, **{name: name for name in names})
+    settings = config.load(job.SimilarConfig, args.config, args.overrides, values)
+    scorer = None
+    if args.ckpt:
+        from ctclip.evaluation.scanner import load
+
+        scorer = load(args.ckpt, device=settings.device)
+    job.run(settings, scorer)
 
 
 @command
@@ -63,6 +70,7 @@ def retrieval_quality(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(retrieval_quality.__doc__, "retrieval")
     parser.add_argument("--table", help="volumes.parquet that ctclip-embed wrote")
     parser.add_argument("--reports", help="reports.parquet: adds report-to-volume recall")
+    parser.add_argument("--ckpt", help="model.safetensors: adds searches by a finding's name")
     parser.add_argument("--truth", help="CSV of labels to judge by, e.g. what was planted")
     parser.add_argument("--split", help="only this split, as queries and as pool")
     parser.add_argument("--out", help="folder of retrieval.json and retrieval.md")
@@ -72,7 +80,13 @@ def retrieval_quality(argv: Sequence[str] | None = None) -> None:
     from ctclip.retrieval import quality as job
 
     values = given(args, **{name: name for name in ("table", "reports", "truth", "split", "out")})
-    job.run(config.load(job.QualityConfig, args.config, args.overrides, values))
+    settings = config.load(job.QualityConfig, args.config, args.overrides, values)
+    checkpoint = None
+    if args.ckpt:
+        from ctclip import checkpoint as checkpoints
+
+        checkpoint = checkpoints.load(args.ckpt)
+    job.run(settings, checkpoint)
 
 
 @command

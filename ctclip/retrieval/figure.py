@@ -17,6 +17,8 @@ SOFT_TISSUE_HU = (-160.0, 240.0)
 MAX_NAMES = 4
 """Findings written below a case before the rest is counted."""
 
+ROW_NAMES = ("axial, lung", "axial, soft tissue", "coronal, lung")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Panel:
@@ -39,13 +41,14 @@ def save(panels: Sequence[Panel], path: str | Path) -> None:
     draw(panels).savefig(path, dpi=100)
 
 
-def draw(panels: Sequence[Panel]) -> "Figure":
+def draw(panels: Sequence[Panel], row_names: Sequence[str] = ROW_NAMES) -> "Figure":
     """Draw one column per case: axial in the lung and soft-tissue windows, and coronal.
 
     Radiological view: the patient's left is on the right, anterior is up.
 
     Args:
         panels: The query first.
+        row_names: What to write beside the rows; empty for a picture without words.
     """
     from matplotlib.figure import Figure
 
@@ -64,7 +67,7 @@ def draw(panels: Sequence[Panel]) -> "Figure":
                     image, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear"
                 )
         axes[2, column].set_xlabel(_findings(panel), fontsize=7, loc="left")
-    for row, label in enumerate(("axial, lung", "axial, soft tissue", "coronal, lung")):
+    for row, label in enumerate(row_names):
         axes[row, 0].set_ylabel(label, fontsize=8)
     return figure
 

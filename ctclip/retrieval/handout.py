@@ -1,9 +1,10 @@
-"""A result as one self-contained HTML file or a PDF."""
+"""A result as one self-contained HTML file or a PDF, in English or Chinese."""
 
 import base64
 import html
 import io
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 from ctclip.retrieval import figure
 
 if TYPE_CHECKING:
+    from reportlab.pdfgen.canvas import Canvas
+    from reportlab.platypus import Flowable, SimpleDocTemplate
+
     from ctclip.retrieval.service import CaseService
 
 WEB = Path(__file__).with_name("web")
 MAX_CASES = 6
 """Similar cases in the picture; more would be too small to see."""
+
+PDF_FONT = "Helvetica"
+PDF_CHINESE = "STSong-Light"
+"""A standard font of PDF: the reader's own Chinese font is used, and none has to travel."""
 
 
 @lru_cache
@@ -28,25 +36,13 @@ def texts(language: str) -> dict[str, Any]:
 def as_html(service: "CaseService", handle: str, language: str = "en") -> str:
     """A result with its picture, in one file that needs nothing else."""
     result, words = service.result(handle), texts(language)
-    names = words["findings"]
-    picture = base64.b64encode(_picture(service, handle, result, "png")).decode()
-    rows = []
-    for rank, hit in enumerate(result["hits"], 1):
-        cells = [
-            str(rank),
-            hit["study"],
-            f"{hit['similarity']:.3f}" + (f" ({words['ordinary']})" if hit["is_ordinary"] else ""),
-            ", ".join(names[name] for name in hit["shared"]),
-            ", ".join(names[name] for name in hit["only_hit"]),
-            hit["excerpt"],
-        ]
-        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-    headings = ("#", words["study"], words["similarity"], words["shared"], words["only_hit"])
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in (*headings, words["report"]))
+    picture = base64.b64encode(_picture(service, handle, result)).decode()
+    headings, *cells = _cases(result, words)
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
+    rows = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in cells]
     readings = "".join(
-        f"<tr><td>{html.escape(names[reading['finding']])}</td><td>{reading['score']:.3f}</td>"
-        f"<td>{_share(reading)}</td><td>{'▲' if reading['is_above'] else ''}</td></tr>"
-        for reading in result["readings"] or []
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
+        for row in _readings(result, words)
     )
     asked = html.escape(_asked(result, words))
     style = (
@@ -63,57 +59,121 @@ def as_html(service: "CaseService", handle: str, language: str = "en") -> str:
         f"{result['model']}</p><table><tr>{head}</tr>"
         + "".join(f"<tr>{row}</tr>" for row in rows)
         + f'</table><img alt="" src="data:image/png;base64,{picture}">'
+        + f"<p>{html.escape(words['picture'])}</p>"
         + (f"<h2>{html.escape(words['scores'])}</h2><table>{readings}</table>" if readings else "")
         + "</html>"
     )
 
 
-def as_pdf(service: "CaseService", handle: str) -> bytes:
-    """A result as PDF: the picture, then a page of text. English, for want of a Chinese font."""
-    from matplotlib.backends.backend_pdf import PdfPages
-    from matplotlib.figure import Figure
+def as_pdf(service: "CaseService", handle: str, language: str = "en") -> bytes:
+    """A result as PDF: what was asked and found, the picture, and the scores."""
+    from reportlab.lib import colors
+    from reportlab.lib.pagesizes import A4
+    from reportlab.lib.utils import ImageReader
+    from reportlab.pdfbase import pdfmetrics
+    from reportlab.pdfbase.cidfonts import UnicodeCIDFont
+    from reportlab.platypus import Image, SimpleDocTemplate, Spacer, Table
 
-    result, words = service.result(handle), texts("en")
-    lines = [words["title"], words["research"], "", _asked(result, words), result["time"], ""]
+    pdfmetrics.registerFont(UnicodeCIDFont(PDF_CHINESE))
+    grey = colors.Color(0.7, 0.7, 0.7)
+    result, words = service.result(handle), texts(language)
+    buffer = io.BytesIO()
+    document = SimpleDocTemplate(
+        buffer, pagesize=A4, title=words["title"], leftMargin=42, rightMargin=42, bottomMargin=56
+    )
+
+    def table(rows: list[list[str]], widths: list[float]) -> Table:
+        total = document.width / sum(widths)
+        cells = [[_paragraph(text, 8) for text in row] for row in rows]
+        style = [("VALIGN", (0, 0), (-1, -1), "TOP"), ("LINEBELOW", (0, 0), (-1, -1), 0.3, grey)]
+        return Table(cells, [width * total for width in widths], style=style, repeatRows=1)
+
+    picture = _picture(service, handle, result)
+    width, height = ImageReader(io.BytesIO(picture)).getSize()
+    scale = min(document.width / width, 360 / height)
+    made = f"{result['time']} · {words['model']} {result['model']}"
+    story: list[Flowable] = [
+        _paragraph(words["title"], 15),
+        _paragraph(words["research"], 10),
+        Spacer(0, 6),
+        _paragraph(_asked(result, words), 9),
+        _paragraph(made, 8),
+        Spacer(0, 8),
+        table(_cases(result, words), [1, 5, 4, 7, 7, 9]),
+        Spacer(0, 10),
+        Image(io.BytesIO(picture), width * scale, height * scale),
+        _paragraph(words["picture"], 8),
+    ]
+    if result["readings"]:
+        story += [Spacer(0, 10), _paragraph(words["scores"], 12)]
+        story += [table(_readings(result, words), [8, 2, 5, 1])]
+
+    def footer(canvas: "Canvas", document: "SimpleDocTemplate") -> None:
+        note = _paragraph(words["research"], 8)
+        note.wrap(document.width, 40)
+        note.drawOn(canvas, document.leftMargin, 28)
+
+    document.build(story, onFirstPage=footer, onLaterPages=footer)
+    return buffer.getvalue()
+
+
+def _paragraph(text: str, size: float) -> Any:
+    """A paragraph whose characters outside Latin-1 are set in the Chinese font."""
+    from reportlab.lib.styles import ParagraphStyle
+    from reportlab.platypus import Paragraph
+
+    style = ParagraphStyle(
+        "text", fontName=PDF_FONT, fontSize=size, leading=1.4 * size, wordWrap="CJK"
+    )
+    marked = re.sub(
+        r"[^\x00-\xff]+",
+        lambda run: f'<font name="{PDF_CHINESE}">{run.group()}</font>',
+        html.escape(text, quote=False),
+    )
+    return Paragraph(marked, style)
+
+
+def _cases(result: dict[str, Any], words: dict[str, Any]) -> list[list[str]]:
+    """Headings, then one row per similar case."""
+    names = words["findings"]
+    keys = ("study", "similarity", "shared", "only_hit", "report")
+    rows = [["#", *(words[key] for key in keys)]]
     for rank, hit in enumerate(result["hits"], 1):
         mark = f" ({words['ordinary']})" if hit["is_ordinary"] else ""
-        lines.append(f"{rank}. {hit['study']}  {hit['similarity']:.3f}{mark}")
-        lines.append(f"     {words['shared']}: {', '.join(hit['shared']) or '-'}")
-        lines.append(f"     {words['only_hit']}: {', '.join(hit['only_hit']) or '-'}")
-    lines += ["", words["scores"]] if result["readings"] else []
-    for reading in result["readings"] or []:
-        lines.append(f"  {reading['finding']:<36}{reading['score']:.3f}   {_share(reading)}")
-    buffer = io.BytesIO()
-    with PdfPages(buffer, metadata={"Title": words["title"]}) as pages:
-        pages.savefig(figure.draw(_panels(service, handle, result)))
-        for start in range(0, len(lines), 60):
-            page = Figure(figsize=(8.27, 11.69))
-            text = "\n".join(_printable(line) for line in lines[start : start + 60])
-            page.text(0.08, 0.95, text, va="top", fontsize=9, family="monospace")
-            pages.savefig(page)
-    return buffer.getvalue()
+        shared, other = (
+            ", ".join(names[name] for name in hit[key]) for key in ("shared", "only_hit")
+        )
+        similarity = f"{hit['similarity']:.3f}{mark}"
+        rows.append([str(rank), hit["study"], similarity, shared, other, hit["excerpt"]])
+    return rows
 
 
-def _picture(service: "CaseService", handle: str, result: dict[str, Any], kind: str) -> bytes:
-    buffer = io.BytesIO()
-    figure.draw(_panels(service, handle, result)).savefig(buffer, dpi=90, format=kind)
-    return buffer.getvalue()
+def _readings(result: dict[str, Any], words: dict[str, Any]) -> list[list[str]]:
+    """One row per finding: name, score, what it has meant, and whether it is high."""
+    return [
+        [
+            words["findings"][reading["finding"]],
+            f"{reading['score']:.3f}",
+            _share(reading),
+            "▲" if reading["is_above"] else "",
+        ]
+        for reading in result["readings"] or []
+    ]
 
 
-def _panels(service: "CaseService", handle: str, result: dict[str, Any]) -> list[figure.Panel]:
-    def panel(title: str, case: int | None, shared: list[str], other: list[str]) -> figure.Panel:
+def _picture(service: "CaseService", handle: str, result: dict[str, Any]) -> bytes:
+    """Query and cases side by side as PNG, without words: its caption is in the language asked."""
+    cases = range(min(len(result["hits"]), MAX_CASES))
+    panels = []
+    for case in (None, *cases):
         hu = service.slices(handle, case)
         shape = hu.shape if hu is not None else (1, 1, 1)
         depth, height, width = (mm / n for mm, n in zip(service.extent_mm, shape, strict=True))
-        spacing = (depth, height, width)
-        return figure.Panel(title=title, hu=hu, spacing_mm=spacing, shared=shared, other=other)
-
-    found = [reading["finding"] for reading in result["readings"] or [] if reading["is_above"]]
-    panels = [panel("Query", None, [], found)]
-    for rank, hit in enumerate(result["hits"][:MAX_CASES]):
-        title = f"{rank + 1} · {_printable(hit['study'])}\n{hit['similarity']:.3f}"
-        panels.append(panel(title, rank, hit["shared"], hit["only_hit"]))
-    return panels
+        title = "?" if case is None else str(case + 1)
+        panels.append(figure.Panel(title=title, hu=hu, spacing_mm=(depth, height, width)))
+    buffer = io.BytesIO()
+    figure.draw(panels, row_names=()).savefig(buffer, dpi=90, format="png")
+    return buffer.getvalue()
 
 
 def _asked(result: dict[str, Any], words: dict[str, Any]) -> str:
@@ -130,8 +190,3 @@ def _share(reading: dict[str, Any]) -> str:
     if reading["share"] is None:
         return ""
     return f"{reading['share']:.0%} ({reading['low']:.0%} - {reading['high']:.0%})"
-
-
-def _printable(text: str) -> str:
-    """What the PDF's font can draw; matplotlib would read ``$`` as mathematics."""
-    return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")

@@ -296,6 +296,11 @@ class MilvusArchive:
             self.purge()
         return removed
 
+    def studies_of(self, patients: Iterable[str]) -> set[str]:
+        """The studies that the archive holds of some patients."""
+        expression = f"patient_id in {quoted_list(sorted(set(patients)))}"
+        return {row["study_id"] for batch in self._read(expression) for row in batch}
+
     def purge(self) -> None:
         """Rewrite the store so that nothing of deleted rows is left in it."""
         with self._writing:

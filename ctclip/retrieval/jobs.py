@@ -8,11 +8,10 @@ from typing import Literal
 from ctclip.embeddings import EmbeddingTable
 from ctclip.embeddings.transform import fit
 from ctclip.retrieval.index import MilvusArchive
+from ctclip.retrieval.opening import open_archive, with_scores
 from ctclip.retrieval.page import ServeConfig, serve
 from ctclip.retrieval.question import Background
-from ctclip.retrieval.reference import Reference
-from ctclip.retrieval.search import Archive, MemoryArchive
-from ctclip.retrieval.service import CaseService, Scorer, with_scores
+from ctclip.retrieval.service import CaseService, Scorer, forget
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,9 @@ class IndexConfig:
     index: Literal["FLAT", "HNSW"] | None = None
     patients: tuple[str, ...] = ()
     """Whom to withdraw."""
+
+    state: Path | None = None
+    """The page's folder of saved results: those that show a withdrawn patient go too."""
 
     out: Path | None = None
     """Where a backup goes."""
@@ -80,7 +82,11 @@ def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
         elif config.action == "withdraw":
             if not config.patients:
                 raise ValueError("name the patients to withdraw: patients=[p1,p2]")
+            studies = archive.studies_of(config.patients)
             removed = archive.withdraw(config.patients)
+            if config.state is not None:
+                num_results = forget(config.state, studies)
+                console.print(f"removed {num_results} saved results from {config.state}")
             console.print(f"removed {removed} volumes of {len(config.patients)} patients")
         elif config.action == "backup":
             num_volumes = archive.backup(_needed(config.out, "out"))
@@ -150,22 +156,20 @@ def make_service(config: PageConfig, scorer: Scorer) -> CaseService:
     from ctclip.data.cache import PreparedCohort
 
     cohort = PreparedCohort.open(config.cohort) if config.cohort else None
-    archive: Archive
-    if config.index is not None:
-        store = MilvusArchive(config.index, config.index_name, config.index_token)
-        archive, background, reference = store, store.background, store.reference
-    else:
-        assert config.table is not None
-        table = with_scores(EmbeddingTable.load(config.table), scorer)
-        reports = EmbeddingTable.load(config.reports) if config.reports else None
-        archive, background = MemoryArchive(table), Background.of(table, reports)
-        reference = Reference.of(table)
+    opened = open_archive(
+        config.index,
+        config.table,
+        config.reports,
+        scorer,
+        name=config.index_name,
+        token=config.index_token,
+    )
     return CaseService(
-        archive,
+        opened.archive,
         scorer,
         cohort=cohort,
-        background=background,
-        reference=reference,
+        background=opened.background,
+        reference=opened.reference,
         state=config.state,
         device=config.device,
     )

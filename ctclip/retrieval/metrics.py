@@ -291,6 +291,60 @@ def per_finding(
     return result
 
 
+def per_finding_text(
+    table: EmbeddingTable, texts: np.ndarray, *, seed: int = 0, replicates: int = REPLICATES
+) -> dict[str, Estimate]:
+    """Who types a finding's name: does the list that comes back begin with cases that have it?
+
+    Args:
+        table: Volumes with labels.
+        texts: ``(18, E)`` L2-normalised, one text per finding, in the order of ``FINDINGS``.
+        seed: Of the bootstrap over the pool's patients.
+        replicates: Of the bootstrap.
+
+    Returns:
+        Average precision per finding that some but not all labelled cases have; chance is their
+        share, which a random order gives in expectation.
+    """
+    cases = one_row_per_study(table)
+    similarity = cases.vectors_for_reports @ texts.T
+    patients = np.unique(np.array(cases.patient_id), return_inverse=True)[1]
+    result = {}
+    for index, finding in enumerate(FINDINGS):
+        known = np.flatnonzero(~np.isnan(cases.labels[:, index]))
+        order = known[np.argsort(-similarity[known, index], kind="stable")]
+        label, group = cases.labels[order, index] == 1, patients[order]
+        if not label.any() or label.all():
+            continue
+        rng = np.random.default_rng(seed)
+        num_patients = int(patients.max()) + 1
+        draws = []
+        for _ in range(replicates):
+            drawn = rng.integers(num_patients, size=num_patients)
+            draws.append(
+                _average_precision(label, np.bincount(drawn, minlength=num_patients)[group])
+            )
+        low, high = np.nanpercentile(draws, [2.5, 97.5])
+        result[finding] = Estimate(
+            value=_average_precision(label, np.ones(len(label), dtype=np.int64)),
+            low=float(low),
+            high=float(high),
+            chance=float(label.mean()),
+            num_queries=1,
+            pool=len(label),
+        )
+    return result
+
+
+def _average_precision(label: np.ndarray, times: np.ndarray) -> float:
+    """Of cases in the order found, each counting ``times``; copies of a case share its place."""
+    hits, seen = np.cumsum(label * times), np.cumsum(times)
+    if not hits[-1]:
+        return float("nan")
+    precision = np.divide(hits, seen, out=np.zeros(len(seen)), where=seen > 0)
+    return float((precision * label * times).sum() / hits[-1])
+
+
 def one_row_per_study(table: EmbeddingTable) -> EmbeddingTable:
     """The first volume of each study: two reconstructions are not two independent cases."""
     first: dict[str, int] = {}

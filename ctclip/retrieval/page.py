@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -50,6 +50,7 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",
 }
 
+Language = Literal["en", "zh"]
 Next = Callable[[Request], Awaitable[Response]]
 
 
@@ -152,6 +153,7 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
         raise ValueError(f"serving on {config.host} needs a token: set token=<at least 16 letters>")
     jobs = Jobs(service, config.limits)
     audit = AuditLog(config.audit_log)
+    receiving = 0  # uploads on the line; the event loop alone counts them
     scratch = tempfile.TemporaryDirectory(prefix="ctclip-page-")
 
     @asynccontextmanager
@@ -198,17 +200,20 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
 
     @app.post("/api/scans")
     async def upload(request: Request) -> dict[str, str]:
-        if jobs.waiting() >= config.limits.waiting:
+        nonlocal receiving
+        if jobs.waiting() + receiving >= config.limits.waiting:
             raise HTTPException(429, "many scans are waiting; try again in some minutes")
+        receiving += 1
         folder = Path(tempfile.mkdtemp(dir=scratch.name))
         is_complete = False
         try:
-            receiving = _receive(request, folder / "upload", config.limits.upload_mib << 20)
-            await asyncio.wait_for(receiving, config.limits.upload_s)
+            transfer = _receive(request, folder / "upload", config.limits.upload_mib << 20)
+            await asyncio.wait_for(transfer, config.limits.upload_s)
             is_complete = True
         except asyncio.TimeoutError:
             raise HTTPException(408, "the upload took too long") from None
         finally:
+            receiving -= 1
             if not is_complete:
                 intake.discard(folder)
         return {"job": jobs.submit(folder / "upload", folder)}
@@ -246,17 +251,16 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
         return Response(data, media_type="application/octet-stream")
 
     @app.get("/api/results/{handle}/result.html")
-    def as_html(handle: str, language: str = "en") -> Response:
-        text = handout.as_html(service, handle, "zh" if language == "zh" else "en")
+    def as_html(handle: str, language: Language = "en") -> Response:
+        text = handout.as_html(service, handle, language)
         headers = {"Content-Disposition": 'attachment; filename="similar-cases.html"'}
         return Response(text, media_type="text/html", headers=headers)
 
     @app.get("/api/results/{handle}/result.pdf")
-    def as_pdf(handle: str) -> Response:
+    def as_pdf(handle: str, language: Language = "en") -> Response:
+        data = handout.as_pdf(service, handle, language)
         headers = {"Content-Disposition": 'attachment; filename="similar-cases.pdf"'}
-        return Response(
-            handout.as_pdf(service, handle), media_type="application/pdf", headers=headers
-        )
+        return Response(data, media_type="application/pdf", headers=headers)
 
     return app
 

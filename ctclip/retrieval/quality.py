@@ -4,13 +4,18 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.embeddings import EmbeddingTable, health
+from ctclip.embeddings import EmbeddingTable, embed_texts, health, space_of
+from ctclip.embeddings.table import require_same_space
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import metrics
 from ctclip.retrieval.metrics import Estimate
+
+if TYPE_CHECKING:
+    from ctclip.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +65,19 @@ class QualityConfig:
             raise ValueError("per_finding_k and replicates must be at least 1")
 
 
-def run(config: QualityConfig) -> dict[str, dict[str, Estimate]]:
+def run(
+    config: QualityConfig, checkpoint: "Checkpoint | None" = None
+) -> dict[str, dict[str, Estimate]]:
     """Measure, print, and write.
 
+    Args:
+        config: What to measure.
+        checkpoint: The model: adds searches by a finding's name.
+
     Returns:
-        ``like cases``, ``own report`` (with reports) and ``per finding``; CT-CLIP's own MAP@K,
-        which has neither interval nor chance, is printed and written only.
+        ``like cases``, ``own report`` (with reports), ``per finding`` and ``finding by name``
+        (with a model); CT-CLIP's own MAP@K, which has neither interval nor chance, is printed and
+        written only.
     """
     from rich.console import Console
     from rich.table import Table
@@ -77,7 +89,7 @@ def run(config: QualityConfig) -> dict[str, dict[str, Estimate]]:
         reports = reports.of_split(config.split) if reports is not None else None
     if config.truth is not None:
         table = _judged_by(config.truth, table)
-    found = measure(table, reports, config)
+    found = measure(table, reports, config, checkpoint)
 
     console = Console()
     console.print(str(health(table)))
@@ -94,7 +106,10 @@ def run(config: QualityConfig) -> dict[str, dict[str, Estimate]]:
 
 
 def measure(
-    table: EmbeddingTable, reports: EmbeddingTable | None, config: QualityConfig
+    table: EmbeddingTable,
+    reports: EmbeddingTable | None,
+    config: QualityConfig,
+    checkpoint: "Checkpoint | None" = None,
 ) -> dict[str, dict[str, Estimate]]:
     """The numbers alone; see :func:`run`."""
     draws = {"seed": config.seed, "replicates": config.replicates}
@@ -104,6 +119,13 @@ def measure(
     if reports is not None:
         found["own report"] = metrics.report_to_volume(reports, table, config.recall_ks, **draws)
     found["per finding"] = metrics.per_finding(table, config.per_finding_k, **draws)
+    if checkpoint is not None:
+        space = {**space_of(checkpoint), "transform": ""}
+        require_same_space({**table.provenance, "transform": ""}, space)
+        texts = embed_texts(checkpoint, [f"{finding}." for finding in FINDINGS])
+        if table.transform is not None:
+            texts = table.transform(texts, "report")
+        found["finding by name"] = metrics.per_finding_text(table, texts, **draws)
     return found
 
 
@@ -116,6 +138,7 @@ def _tables(
         "like cases": f"Volume → volume: like cases (relevant from overlap {config.relevant_from})",
         "own report": "Report → volume and volume → report",
         "per finding": f"Volume → volume by finding: precision@{config.per_finding_k}",
+        "finding by name": "A finding's name → volumes: average precision",
     }
     tables = []
     for name, estimates in found.items():

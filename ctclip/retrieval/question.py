@@ -1,6 +1,6 @@
 """What is asked, and what an answer means: mixed queries, random pairs, shared findings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,9 @@ from ctclip.retrieval.search import Query, weighted
 
 ORDINARY_QUANTILE = 0.95
 """A similarity that this share of random pairs stays below is no better than a random pair."""
+
+EXCERPT_FIELDS = ("impression", "report", "findings")
+EXCERPT_CHARACTERS = 400
 
 LESS_WEIGHT = 0.5
 """How strongly "less like those" counts beside "more like these" (Rocchio's usual ratio)."""
@@ -80,16 +83,41 @@ def compose(
     return weighted(parts, [background.volume_spread] * len(cases) + [background.text_spread])
 
 
-def compare_findings(asked: np.ndarray | None, found: np.ndarray) -> tuple[list[str], list[str]]:
-    """Which of a hit's findings the query has too, and which it hasn't or isn't known to have.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Findings of a query and of a hit."""
+
+    shared: list[str]
+    only_hit: list[str]
+    """Present in the hit; absent in the query, or not known there."""
+
+    only_query: list[str]
+
+
+def compare_findings(asked: np.ndarray | None, found: np.ndarray) -> Comparison:
+    """Which findings a query and a hit have in common, and which only one of them has.
 
     Args:
-        asked: ``(18,)`` labels of the query, None when nothing is known of it.
-        found: ``(18,)`` labels of the hit.
+        asked: ``(18,)`` 1, 0 or nan of the query; None when nothing is known of it.
+        found: ``(18,)`` of the hit.
     """
-    present = [index for index in range(len(FINDINGS)) if found[index] == 1]
-    shared = [index for index in present if asked is not None and asked[index] == 1]
-    return (
-        [FINDINGS[index] for index in shared],
-        [FINDINGS[index] for index in present if index not in shared],
+    mine = np.zeros(len(FINDINGS), dtype=bool) if asked is None else asked == 1
+    theirs = found == 1
+
+    def names(where: np.ndarray) -> list[str]:
+        return [FINDINGS[index] for index in np.flatnonzero(where)]
+
+    return Comparison(
+        shared=names(mine & theirs),
+        only_hit=names(theirs & ~mine),
+        only_query=names(mine & ~theirs),
     )
+
+
+def excerpt(fields: Mapping[str, str]) -> str:
+    """The beginning of a case's report, where the export was told to carry one."""
+    report = next((fields[name] for name in EXCERPT_FIELDS if fields.get(name)), "")
+    text = " ".join(report.split())
+    if len(text) > EXCERPT_CHARACTERS:
+        text = text[:EXCERPT_CHARACTERS].rsplit(" ", 1)[0] + " …"
+    return text

@@ -119,6 +119,22 @@ class Reference:
         return wilson(positive, known) if known else (None, None, None)
 
 
+def findings_of(
+    scores: np.ndarray | None, labels: np.ndarray | None, reference: Reference | None
+) -> np.ndarray | None:
+    """``(18,)`` findings of a case: by score where there is an operating point, else by label.
+
+    Args:
+        scores: ``(18,)`` zero-shot scores, None where there are none.
+        labels: ``(18,)`` 1, 0 or nan, None where nobody labelled the case.
+        reference: Operating points.
+    """
+    if scores is None or reference is None:
+        return labels
+    by_score = reference.positives(scores)
+    return by_score if labels is None else np.where(np.isnan(by_score), labels, by_score)
+
+
 def read_without_reference(scores: np.ndarray) -> list[Reading]:
     """Scores of a scan where the archive offers nothing to read them against."""
     return [

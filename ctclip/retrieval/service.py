@@ -7,20 +7,31 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from ctclip.config import from_dict
-from ctclip.embeddings import EmbeddingError, EmbeddingTable, embed_texts, embed_voxels, space_of
+from ctclip.embeddings import EmbeddingError, embed_texts, embed_voxels, space_of
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import pictures
 from ctclip.retrieval.filters import Filter
-from ctclip.retrieval.question import Background, compose
-from ctclip.retrieval.reference import Reading, Reference, read_without_reference
+from ctclip.retrieval.question import (
+    EXCERPT_FIELDS,
+    Background,
+    compare_findings,
+    compose,
+    excerpt,
+)
+from ctclip.retrieval.reference import (
+    Reading,
+    Reference,
+    findings_of,
+    read_without_reference,
+)
 from ctclip.retrieval.search import Archive, Hit, Query, from_rows
 
 if TYPE_CHECKING:
@@ -29,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXCERPT_FIELDS = ("impression", "report", "findings")
-EXCERPT_CHARACTERS = 400
 KEPT_SCANS = 16
 KEPT_RESULTS = 500
 KEPT_VOLUMES = 24
@@ -225,7 +234,7 @@ class CaseService:
         """
         query, scores, labels = self._query(question)
         hits = self.archive.search(query, question.k, question.per_patient, question.where)
-        positive = self._positives(scores, labels)
+        positive = findings_of(scores, labels, self.reference)
         result = {
             "id": secrets.token_urlsafe(16),
             "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
@@ -324,42 +333,17 @@ class CaseService:
         return query, scores, labels
 
     def _describe(self, hit: Hit, positive: np.ndarray | None) -> dict[str, Any]:
-        theirs = self._positives(hit.scores, hit.labels)
+        theirs = findings_of(hit.scores, hit.labels, self.reference)
         assert theirs is not None
-        shared: list[str] = []
-        theirs_only: list[str] = []
-        ours_only: list[str] = []
-        for index, finding in enumerate(FINDINGS):
-            mine = positive is not None and positive[index] == 1
-            if theirs[index] == 1:
-                (shared if mine else theirs_only).append(finding)
-            elif mine:
-                ours_only.append(finding)
-        excerpt = next((hit.fields[name] for name in EXCERPT_FIELDS if hit.fields.get(name)), "")
-        if len(excerpt) > EXCERPT_CHARACTERS:
-            excerpt = excerpt[:EXCERPT_CHARACTERS].rsplit(" ", 1)[0] + " …"
         return {
             "study": hit.study_id,
             "volume": hit.volume_id,
             "similarity": round(hit.similarity, 4),
             "is_ordinary": hit.is_ordinary,
-            "shared": shared,
-            "only_hit": theirs_only,
-            "only_query": ours_only,
-            "labelled": [f for f, label in zip(FINDINGS, hit.labels, strict=True) if label == 1],
+            **asdict(compare_findings(positive, theirs)),
             "fields": {k: v for k, v in hit.fields.items() if v and k not in EXCERPT_FIELDS},
-            "excerpt": excerpt,
-            "has_volume": self.cohort is not None,
+            "excerpt": excerpt(hit.fields),
         }
-
-    def _positives(self, scores: np.ndarray | None, labels: np.ndarray | None) -> np.ndarray | None:
-        """Findings by score where there is an operating point, else by label."""
-        if scores is None or self.reference is None:
-            return labels
-        by_score = self.reference.positives(scores)
-        if labels is None:
-            return by_score
-        return np.where(np.isnan(by_score), labels, by_score)
 
     def _read(self, scores: np.ndarray) -> Sequence[Reading]:
         if self.reference is None:
@@ -415,6 +399,19 @@ class CaseService:
         os.replace(temporary, path)
 
 
+def forget(state: Path, studies: Collection[str]) -> int:
+    """Delete the saved results that asked for or returned some studies; how many these were."""
+    removed = 0
+    for path in sorted(state.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        question = result["question"]
+        named = {question["study"], *question["more"], *question["less"]}
+        if not named.union(hit["study"] for hit in result["hits"]).isdisjoint(studies):
+            path.unlink()
+            removed += 1
+    return removed
+
+
 def parse(question: Mapping[str, Any]) -> Question:
     """Validate what a client sent.
 
@@ -422,16 +419,6 @@ def parse(question: Mapping[str, Any]) -> Question:
         ValueError: If a key is unknown or a value of the wrong type; the text names it.
     """
     return from_dict(Question, question, source="the question")
-
-
-def with_scores(table: EmbeddingTable, scorer: Scorer) -> EmbeddingTable:
-    """An export with zero-shot scores, computed where it has none and has raw vectors."""
-    if table.scores is not None or table.transform is not None:
-        return table
-    table.require_same_space(space_of(scorer.checkpoint))
-    found = scorer.score_vectors(table.vectors)
-    scores = np.array([[row[finding] for finding in FINDINGS] for row in found], dtype=np.float32)
-    return replace(table, scores=scores)
 
 
 def _is_handle(text: str) -> bool:

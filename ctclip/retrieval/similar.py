@@ -3,38 +3,57 @@
 import csv
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.embeddings import EmbeddingTable, embed_file, embed_texts, space_of
+from ctclip.embeddings import embed_file, embed_texts, space_of
+from ctclip.findings import FINDINGS
 from ctclip.retrieval import figure
 from ctclip.retrieval.filters import Filter
-from ctclip.retrieval.question import Background, compare_findings, compose
-from ctclip.retrieval.search import Archive, Hit, MemoryArchive, Query, from_rows
+from ctclip.retrieval.opening import open_archive
+from ctclip.retrieval.question import Background, Comparison, compare_findings, compose, excerpt
+from ctclip.retrieval.reference import Reference, findings_of
+from ctclip.retrieval.search import Archive, Hit, Query, from_rows
+from ctclip.retrieval.service import Scorer
 
 if TYPE_CHECKING:
     from ctclip.data.cache import PreparedCohort
 
 logger = logging.getLogger(__name__)
 
-CSV_COLUMNS = ("rank", "study_id", "volume_id", "similarity", "is_ordinary", "shared", "other")
+CSV_COLUMNS = (
+    "rank",
+    "study_id",
+    "volume_id",
+    "similarity",
+    "is_ordinary",
+    "shared",
+    "only_hit",
+    "only_query",
+    "excerpt",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarConfig:
-    """One question to an archive. A scan or study, and a text, may be asked together."""
+    """One question to an archive. A scan or study, and a text, may be asked together.
 
-    table: Path
-    """``volumes.parquet`` that ctclip-embed wrote."""
+    Give a table or an index.
+    """
 
-    checkpoint: Path | None = None
-    """Needed to ask by a new scan or by text."""
+    table: Path | None = None
+    """``volumes.parquet`` that ctclip-embed wrote, searched in memory."""
 
+    index: str | None = None
+    """URI of an index that ctclip-index built."""
+
+    index_name: str = "ctclip"
+    index_token: str = ""
     reports: Path | None = None
-    """``reports.parquet``; tells which similarity between a text and a scan is ordinary."""
+    """``reports.parquet`` beside ``table``; tells which similarity to a text is ordinary."""
 
     volume: str | None = None
     study: str | None = None
@@ -65,86 +84,116 @@ class SimilarConfig:
     def __post_init__(self) -> None:
         if not (self.volume or self.study or self.scan or self.text or self.more):
             raise ValueError("nothing to search for: give volume, study, scan, text or more")
-        if (self.scan or self.text) and self.checkpoint is None:
-            raise ValueError("a scan or a text has to be embedded first: give the checkpoint")
+        if (self.index is None) == (self.table is None):
+            raise ValueError("give either the table (volumes.parquet) or the index (its URI)")
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"text_weight must be between 0 and 1, got {self.text_weight}")
 
 
-def run(config: SimilarConfig) -> list[Hit]:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A question's point in space, and what is known of the scan or study behind it."""
+
+    query: Query
+    findings: np.ndarray | None
+
+
+def run(config: SimilarConfig, scorer: Scorer | None = None) -> list[Hit]:
     """Search, print the hits, and write them with their slices.
+
+    Args:
+        config: The question.
+        scorer: The model: needed to ask by a new scan or a text. With it, findings are compared
+            by zero-shot scores, without it by labels.
 
     Returns:
         The hits, best first.
 
     Raises:
-        EmbeddingError: If the archive and the checkpoint don't belong together, or it doesn't
-            hold the study that is asked for.
+        ValueError: If a scan or a text is asked without a model.
+        EmbeddingError: If the archive and the model don't belong together, or it doesn't hold
+            the study that is asked for.
     """
     from rich.console import Console
     from rich.table import Table
 
-    table = EmbeddingTable.load(config.table)
-    reports = EmbeddingTable.load(config.reports) if config.reports else None
-    archive = MemoryArchive(table)
-    query = build_query(config, archive, Background.of(table, reports))
-    hits = archive.search(query, config.k, config.per_patient, config.where)
-
-    shown = Table(title=f"Cases similar to {query.name} ({len(table)} volumes searched)")
-    for heading in ("#", "study", "similarity", "shared", "also present"):
+    if (config.scan or config.text) and scorer is None:
+        raise ValueError("a scan or a text has to be embedded first: give the checkpoint (--ckpt)")
+    opened = open_archive(
+        config.index,
+        config.table,
+        config.reports,
+        scorer,
+        name=config.index_name,
+        token=config.index_token,
+    )
+    archive, reference = opened.archive, opened.reference
+    asked = _ask(config, archive, opened.background, reference, scorer)
+    hits = archive.search(asked.query, config.k, config.per_patient, config.where)
+    compared = [
+        compare_findings(asked.findings, theirs)
+        for hit in hits
+        if (theirs := findings_of(hit.scores, hit.labels, reference)) is not None
+    ]
+    title = f"Cases similar to {asked.query.name} ({len(archive)} volumes searched)"
+    shown = Table(title=title)
+    for heading in ("#", "study", "similarity", "shared", "only this case", "only the query"):
         shown.add_column(heading)
-    asked = _own_labels(config, archive)
-    for rank, hit in enumerate(hits, 1):
-        shared, other = compare_findings(asked, hit.labels)
+    has_excerpt = any(excerpt(hit.fields) for hit in hits)
+    if has_excerpt:
+        shown.add_column("report")
+    for rank, (hit, seen) in enumerate(zip(hits, compared, strict=True), 1):
         mark = " (no better than a random pair)" if hit.is_ordinary else ""
-        similarity = f"{hit.similarity:.3f}{mark}"
-        shown.add_row(str(rank), hit.study_id, similarity, ", ".join(shared), ", ".join(other))
+        cells = [str(rank), hit.study_id, f"{hit.similarity:.3f}{mark}"]
+        cells += [", ".join(names) for names in (seen.shared, seen.only_hit, seen.only_query)]
+        shown.add_row(*cells, *([excerpt(hit.fields)] if has_excerpt else []))
     Console().print(shown)
     if config.out is not None:
-        _write(config, archive, query, hits, asked)
+        _write(config, archive, asked, hits, compared)
     return hits
 
 
-def build_query(config: SimilarConfig, archive: Archive, background: Background) -> Query:
-    """Turn the question into a point of the joint space.
-
-    Raises:
-        EmbeddingError: If the archive doesn't hold a study that is asked for.
-    """
-    from ctclip import checkpoint as checkpoints
-
-    like = []
-    if config.volume:
-        like.append(from_rows(archive.rows(volume_id=config.volume), config.volume))
-    like += [from_rows(archive.rows(study_id=s)) for s in (config.study, *config.more) if s]
+def _ask(
+    config: SimilarConfig,
+    archive: Archive,
+    background: Background,
+    reference: Reference | None,
+    scorer: Scorer | None,
+) -> _Asked:
+    """Turn the question into a point of the joint space."""
+    like: list[Query] = []
+    scores = labels = None
+    rows = [archive.rows(volume_id=config.volume)] if config.volume else []
+    rows += [archive.rows(study_id=study) for study in (config.study, *config.more) if study]
+    if rows:
+        like += [from_rows(row) for row in rows]
+        labels = rows[0].labels[0]
+        scores = None if rows[0].scores is None else rows[0].scores[0]
+        if config.volume:
+            like[0] = replace(like[0], name=config.volume)
     text = None
-    if config.scan or config.text:
-        assert config.checkpoint is not None
-        checkpoint = checkpoints.load(config.checkpoint, device=config.device)
-        space = space_of(checkpoint)
-        if config.scan:
-            _, vector = embed_file(checkpoint, config.scan, device=config.device)
-            like.append(Query(vector=archive.project(vector, space), name=config.scan.name))
-        if config.text:
-            vector = embed_texts(checkpoint, [config.text], device=config.device)[0]
-            text = Query(vector=archive.project(vector, space, "report"), name=f"“{config.text}”")
+    if scorer is not None and config.scan:
+        space = space_of(scorer.checkpoint)
+        prompt, vector = embed_file(scorer.checkpoint, config.scan, device=config.device)
+        like.append(Query(vector=archive.project(vector, space), name=config.scan.name))
+        found = scorer.score_vectors(prompt[None])[0]
+        scores = np.array([found[finding] for finding in FINDINGS], dtype=np.float32)
+        labels = None
+    if scorer is not None and config.text:
+        space = space_of(scorer.checkpoint)
+        vector = embed_texts(scorer.checkpoint, [config.text], device=config.device)[0]
+        text = Query(vector=archive.project(vector, space, "report"), name=f"“{config.text}”")
     unlike = [from_rows(archive.rows(study_id=study)) for study in config.less]
-    return compose(like, unlike, text, background, text_weight=config.text_weight)
-
-
-def _own_labels(config: SimilarConfig, archive: Archive) -> np.ndarray | None:
-    if config.volume:
-        return archive.rows(volume_id=config.volume).labels[0]
-    study = config.study or (config.more[0] if config.more else None)
-    return archive.rows(study_id=study).labels[0] if study else None
+    query = compose(like, unlike, text, background, text_weight=config.text_weight)
+    return _Asked(query=query, findings=findings_of(scores, labels, reference))
 
 
 def _write(
     config: SimilarConfig,
     archive: Archive,
-    query: Query,
+    asked: _Asked,
     hits: Sequence[Hit],
-    asked: np.ndarray | None,
+    compared: Sequence[Comparison],
 ) -> None:
     from ctclip.data.cache import PreparedCohort
 
@@ -152,27 +201,23 @@ def _write(
     config.out.mkdir(parents=True, exist_ok=True)
     with (config.out / "similar.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["rank", "study_id", "volume_id", "similarity", "is_ordinary", "shared", "other"]
-        )
-        for rank, hit in enumerate(hits, 1):
-            shared, other = compare_findings(asked, hit.labels)
+        writer.writerow(CSV_COLUMNS)
+        for rank, (hit, seen) in enumerate(zip(hits, compared, strict=True), 1):
             row = [rank, hit.study_id, hit.volume_id, f"{hit.similarity:.6f}", int(hit.is_ordinary)]
-            writer.writerow([*row, ";".join(shared), ";".join(other)])
+            names = [";".join(part) for part in (seen.shared, seen.only_hit, seen.only_query)]
+            writer.writerow([*row, *names, excerpt(hit.fields)])
     if config.cohort is None:
         return
     cohort = PreparedCohort.open(config.cohort)
-    spacing = cohort.volume_config.spacing_mm
-    panels = [_query_panel(config, archive, query, cohort, asked)]
-    for rank, hit in enumerate(hits, 1):
-        shared, other = compare_findings(asked, hit.labels)
+    panels = [_query_panel(config, archive, asked, cohort)]
+    for rank, (hit, seen) in enumerate(zip(hits, compared, strict=True), 1):
         panels.append(
             figure.Panel(
                 title=f"{rank} · {hit.study_id}\n{hit.similarity:.3f}",
                 hu=cohort.read(hit.volume_id),
-                spacing_mm=spacing,
-                shared=shared,
-                other=other,
+                spacing_mm=cohort.volume_config.spacing_mm,
+                shared=seen.shared,
+                other=seen.only_hit,
             )
         )
     figure.save(panels, config.out / "similar.png")
@@ -182,9 +227,8 @@ def _write(
 def _query_panel(
     config: SimilarConfig,
     archive: Archive,
-    query: Query,
+    asked: _Asked,
     cohort: "PreparedCohort",
-    asked: np.ndarray | None,
 ) -> figure.Panel:
     from ctclip.data import volume
 
@@ -196,10 +240,10 @@ def _query_panel(
         hu = cohort.read(config.volume)
     elif study:
         hu = cohort.read(archive.rows(study_id=study).volume_id[0])
-    _, other = compare_findings(None, asked) if asked is not None else ([], [])
+    own = [] if asked.findings is None else compare_findings(None, asked.findings).only_hit
     return figure.Panel(
-        title=f"Query\n{query.name[:40]}",
+        title=f"Query\n{asked.query.name[:40]}",
         hu=hu,
         spacing_mm=cohort.volume_config.spacing_mm,
-        other=other,
+        other=own,
     )

@@ -1,5 +1,6 @@
 """The page over HTTP: what it answers, and everything that it refuses."""
 
+import csv
 import gzip
 import io
 import json
@@ -13,10 +14,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="ctclip[page] is not installed")
 pytest.importorskip("httpx", reason="ctclip[dev] is not installed")
+pytest.importorskip("pypdf", reason="ctclip[dev] is not installed")
 
 from dataclasses import replace
 
 import nibabel as nib
+import pypdf
 from fastapi.testclient import TestClient
 
 from ctclip.findings import FINDINGS
@@ -139,7 +142,30 @@ def test_a_result_has_a_permanent_link_and_can_be_saved(client, archive):
         assert word in text
         assert result["hits"][0]["study"] in text
         assert "http" not in text.replace("http-equiv", "")
-    assert client.get(f"{base}/result.pdf").content.startswith(b"%PDF")
+        pdf = pdf_text(client.get(f"{base}/result.pdf?language={language}").content)
+        assert pdf.count(word) >= 2
+        assert all(hit["study"] in pdf for hit in result["hits"])
+    assert client.get(f"{base}/result.pdf?language=<b>").status_code == 422
+
+
+def pdf_text(data):
+    """All text of a PDF, without the line breaks that its columns made."""
+    pages = pypdf.PdfReader(io.BytesIO(data)).pages
+    return "".join(page.extract_text() for page in pages).replace("\n", "")
+
+
+def test_chinese_reports_and_questions_are_legible_in_either_pdf(client, service, archive):
+    """What people wrote stays in their language, whatever language the page is in."""
+    table, _ = page_service.table_and_cohort(*archive)
+    result = service.ask(page_parse(text="双侧胸腔积液 & <b>", study=table.study_id[0], k=2))
+    result["hits"][0]["excerpt"] = "右肺上叶结节 8 mm"
+    base = f"/api/results/{result['id']}"
+
+    for language, name in (("en", "Lung nodule"), ("zh", "肺结节")):
+        pdf = pdf_text(client.get(f"{base}/result.pdf?language={language}").content)
+        assert "双侧胸腔积液 & <b>" in pdf
+        assert "右肺上叶结节" in pdf.replace(" ", "")
+        assert name.replace(" ", "") in pdf.replace(" ", "")
 
 
 def test_what_people_type_is_escaped_in_a_saved_result(client, service):
@@ -349,6 +375,33 @@ def test_forty_malformed_uploads_each_get_a_reason_and_harm_nobody(client, archi
         assert "Traceback" not in job["detail"], name
         assert client.get("/api/info").status_code == 200, name
     assert not (tmp_path.parents[3] / "ctclip-evil").exists()
+    assert upload(client, phantom_scan(archive).read_bytes())["state"] == "done"
+
+
+@pytest.mark.slow
+def test_every_shared_defect_is_refused_or_read_and_harms_nobody(client, archive, test_data):
+    """Real defects of NIfTI files and DICOM folders; what is tolerable may be read."""
+    folder = test_data / "data" / "bad"
+    with (folder / "EXPECT.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if not row["file"].startswith("csv/")]
+    refused = 0
+    for row in rows:
+        path = folder / row["file"]
+        members = sorted(path.rglob("*")) if path.is_dir() else [path]
+        data = path.read_bytes() if path.suffix in (".nii", ".gz") else None
+        if data is None:
+            files = [member for member in members if member.is_file()]
+            data = zipped([(member.name, member.read_bytes()) for member in files])
+        job = upload(client, data)
+
+        if row["expect"] == "error":
+            assert job["state"] == "failed", row["file"]
+        if job["state"] == "failed":
+            refused += 1
+            assert len(job["detail"]) > 10, row["file"]
+            assert "Traceback" not in job["detail"], row["file"]
+            assert str(folder) not in job["detail"], row["file"]
+    assert refused >= 40
     assert upload(client, phantom_scan(archive).read_bytes())["state"] == "done"
 
 

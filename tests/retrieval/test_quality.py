@@ -87,3 +87,21 @@ def test_the_interval_is_that_of_whole_patients_drawn_again():
     assert estimate.high - estimate.low == pytest.approx(width, rel=0.1)
     assert metrics._median(np.array([1.0, 2, 5]), np.array([1, 0, 3])) == 5.0
     assert metrics._median(np.array([1.0, 2, 5]), np.array([2, 1, 1])) == 1.5
+
+
+def test_a_search_by_name_is_scored_like_scikit_learn_does():
+    from sklearn.metrics import average_precision_score
+
+    table = random_table(200, volumes_per_patient=1)
+    texts = random_table(len(FINDINGS), volumes_per_patient=1, seed=3).vectors
+    table.labels[::7, 2] = np.nan
+
+    found = metrics.per_finding_text(table, texts, replicates=100)
+
+    for index, finding in enumerate(FINDINGS):
+        known = ~np.isnan(table.labels[:, index])
+        label, score = table.labels[known, index], (table.vectors @ texts[index])[known]
+        estimate = found[finding]
+        assert estimate.value == pytest.approx(average_precision_score(label, score))
+        assert estimate.low < estimate.value < estimate.high
+        assert (estimate.chance, estimate.pool) == (pytest.approx(label.mean()), known.sum())

@@ -1,6 +1,7 @@
 """The command from question to files, on phantoms and on real scans."""
 
 import csv
+import json
 from dataclasses import replace
 
 import dicoms
@@ -14,6 +15,7 @@ from scipy import ndimage
 from ctclip import checkpoint as checkpoints
 from ctclip.data import volume
 from ctclip.embeddings import EmbeddingTable, embed_voxels, space_of
+from ctclip.evaluation.scanner import Scanner
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import similar
 from ctclip.retrieval.filters import Filter
@@ -39,20 +41,77 @@ def test_a_study_gives_a_table_and_a_picture(archive, tmp_path):
     assert picture[..., :3].std() > 0.1
 
 
-def test_scan_text_and_filter_are_asked_together(archive):
+def test_scan_text_and_filter_are_asked_together(archive, tmp_path):
     folder, page = archive
     scan = next((folder / "phantom").rglob("phantom_00001*.nii.gz"))
     config = similar.SimilarConfig(
         table=page.table,
         reports=page.reports,
-        checkpoint=folder / "model.safetensors",
         scan=scan,
         k=2,
+        out=tmp_path,
     )
+    scorer = Scanner(checkpoints.load(folder / "model.safetensors"))
 
-    assert similar.run(config)[0].volume_id.startswith("phantom_00001")
+    assert similar.run(config, scorer)[0].volume_id.startswith("phantom_00001")
+    with (tmp_path / "similar.csv").open(encoding="utf-8") as file:
+        itself = next(csv.DictReader(file))
+    assert itself["only_hit"] == itself["only_query"] == ""
+    assert itself["excerpt"]
     with_text = replace(config, text="pleural effusion", where=Filter(sex="F"), k=10)
-    assert all(hit.fields["sex"] == "F" for hit in similar.run(with_text))
+    assert all(hit.fields["sex"] == "F" for hit in similar.run(with_text, scorer))
+
+
+def test_a_table_and_the_index_of_it_give_one_answer(archive, tmp_path):
+    pytest.importorskip("pymilvus", reason="ctclip[retrieval] is not installed")
+    from ctclip import cli
+
+    folder, page = archive
+    uri, model = tmp_path / "archive.db", folder / "model.safetensors"
+    table = EmbeddingTable.load(page.table)
+    question = ["--k=4", f"more=[{table.study_id[2]}]", f"less=[{table.study_id[5]}]"]
+    question += ["--text=effusion", f"--ckpt={model}", f"--study={table.study_id[0]}"]
+    cli.index(
+        [
+            "--action=build",
+            f"--ckpt={model}",
+            f"uri={uri}",
+            f"table={page.table}",
+            f"reports={page.reports}",
+        ]
+    )
+    source = [f"--table={page.table}", f"--reports={page.reports}"]
+    cli.similar([f"--index={uri}", f"--out={tmp_path / 'index'}", *question])
+    cli.similar([*source, f"--out={tmp_path / 'table'}", *question])
+
+    answers = [(tmp_path / kind / "similar.csv").read_text() for kind in ("index", "table")]
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 5
+
+
+def test_a_withdrawal_takes_the_saved_results_that_show_the_patient(archive, tmp_path):
+    pytest.importorskip("pymilvus", reason="ctclip[retrieval] is not installed")
+    from ctclip import cli
+
+    _, page = archive
+    uri, state = tmp_path / "archive.db", tmp_path / "results"
+    cli.index(["--action=build", f"uri={uri}", f"table={page.table}"])
+    table = EmbeddingTable.load(page.table)
+    patient, study, others = table.patient_id[3], table.study_id[3], table.study_id[5:8]
+    state.mkdir()
+    asked = {"study": None, "more": [], "less": []}
+    for name, question, shown in [
+        ("returned", asked, [others[0], study]),
+        ("asked", asked | {"study": study}, []),
+        ("less", asked | {"less": [study]}, [others[1]]),
+        ("kept", asked | {"study": others[2]}, others[:2]),
+    ]:
+        result = {"question": question, "hits": [{"study": name} for name in shown]}
+        (state / f"{name}.json").write_text(json.dumps(result))
+
+    cli.index(["--action=withdraw", f"uri={uri}", f"patients=[{patient}]", f"state={state}"])
+
+    assert [path.name for path in state.iterdir()] == ["kept.json"]
 
 
 def test_what_can_not_be_asked_is_refused(archive):
@@ -60,7 +119,9 @@ def test_what_can_not_be_asked_is_refused(archive):
     with pytest.raises(ValueError, match="nothing to search for"):
         similar.SimilarConfig(table=page.table)
     with pytest.raises(ValueError, match="give the checkpoint"):
-        similar.SimilarConfig(table=page.table, text="effusion")
+        similar.run(similar.SimilarConfig(table=page.table, text="effusion"))
+    with pytest.raises(ValueError, match="either the table"):
+        similar.SimilarConfig(study="x")
     with pytest.raises(FileNotFoundError, match="ctclip-embed"):
         similar.run(similar.SimilarConfig(table=folder / "no.parquet", study="x"))
 

@@ -168,7 +168,8 @@ async function analyse(file) {
 
 async function search() {
   const question = {
-    where: readFilters(), k: Number($("count").value) || 8, text_weight: Number($("weight").value),
+    where: readFilters(), k: Number($("count").value) || 8,
+    per_patient: Number($("per-patient").value) || 1, text_weight: Number($("weight").value),
     more: page.examples.more, less: page.examples.less,
   };
   const study = $("study").value.trim();
@@ -217,7 +218,7 @@ function render() {
   renderReadings(result.readings);
   const base = `/api/results/${result.id}`;
   $("as-html").href = `${base}/result.html?language=${page.language}`;
-  $("as-pdf").href = `${base}/result.pdf`;
+  $("as-pdf").href = `${base}/result.pdf?language=${page.language}`;
   const hasHits = result.hits.length > 0;
   const hasPictures = hasHits && page.info.pictures;
   $("tools").hidden = !hasHits;
