@@ -133,7 +133,7 @@ def _similar_cases(hits_file: Path) -> report.Section:
         title="Similar cases",
         paragraphs=["Nearest held-out studies by cosine; never the query's own patient."],
         figures=pictures,
-        frames=[pd.read_csv(hits_file).fillna("")],
+        frames=[pd.read_csv(hits_file, keep_default_na=False)],
     )
 
 
