@@ -20,6 +20,9 @@ from ctclip.evaluation.scores import ScoreTable
 REPLICATES = 1000
 """Bootstrap replicates behind the intervals of the report."""
 
+PROVENANCE = ("checkpoint", "step", "fingerprint", "prompts", "score")
+"""What the report says of the score table's origin; the table itself keeps the rest."""
+
 LEARNT_AUROC = 0.70
 """A finding counts as learnt from this AUROC on the development split on. The choice is never made
 on the held-out patients, and findings that fall short are shown all the same."""
@@ -56,7 +59,7 @@ def run(folder: str | Path) -> Path:
     page = report.Report(
         title="ctclip: from CT volumes and reports to zero-shot scores and similar cases",
         subtitle="For research. Not a medical device.",
-        facts=facts | {key: str(value) for key, value in table.header.items()},
+        facts=facts | {key: str(table.header[key]) for key in PROVENANCE if key in table.header},
         sections=[
             report.Section(title="What was learnt", paragraphs=lead),
             *report.zero_shot_sections(table, evaluation),
@@ -106,8 +109,8 @@ def _training(lines: list[dict[str, float]]) -> report.Section:
         if cut is None
         else [
             f"{100 * cut['text/truncated_share']:.1f} % of the training reports were longer than "
-            f"the tokenizer's limit; {100 * cut['text/tokens_cut_share']:.1f} % of all tokens were "
-            "left out at a time."
+            f"the tokenizer's limit, which left out {100 * cut['text/tokens_cut_share']:.1f} % of all "
+            "tokens."
         ],
         figures=[
             report.Picture(
@@ -133,7 +136,23 @@ def _similar_cases(hits_file: Path) -> report.Section:
         title="Similar cases",
         paragraphs=["Nearest held-out studies by cosine; never the query's own patient."],
         figures=pictures,
-        frames=[pd.read_csv(hits_file, keep_default_na=False)],
+        frames=[_hits(hits_file)],
+    )
+
+
+def _hits(hits_file: Path) -> pd.DataFrame:
+    """The table of ``similar.csv`` in words, without columns that say nothing."""
+    hits = pd.read_csv(hits_file, keep_default_na=False)
+    hits = hits.loc[:, [column == "rank" or (hits[column] != "").any() for column in hits]]
+    return hits.rename(
+        columns={
+            "study_id": "study",
+            "volume_id": "volume",
+            "is_ordinary": "no better than a random pair",
+            "shared": "findings of both",
+            "only_hit": "only this case",
+            "only_query": "only the query",
+        }
     )
 
 

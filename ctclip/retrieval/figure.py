@@ -14,7 +14,7 @@ LUNG_HU = (-1350.0, 150.0)
 SOFT_TISSUE_HU = (-160.0, 240.0)
 """Window level 40 and width 400, as on a scanner's console."""
 
-MAX_NAMES = 4
+MAX_NAMES = 6
 """Findings written below a case before the rest is counted."""
 
 ROW_NAMES = ("axial, lung", "axial, soft tissue", "coronal, lung")
@@ -66,7 +66,8 @@ def draw(panels: Sequence[Panel], row_names: Sequence[str] = ROW_NAMES) -> "Figu
                 axes[row, column].imshow(
                     image, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear"
                 )
-        axes[2, column].set_xlabel(_findings(panel), fontsize=7, loc="left")
+        most = len(panel.other) if column == 0 else MAX_NAMES
+        axes[2, column].set_xlabel(_findings(panel, most), fontsize=7, loc="left")
     for row, label in enumerate(row_names):
         axes[row, 0].set_ylabel(label, fontsize=8)
     return figure
@@ -85,9 +86,9 @@ def _views(
     ]
 
 
-def _findings(panel: Panel) -> str:
+def _findings(panel: Panel, most: int) -> str:
     def listed(names: Sequence[str], mark: str) -> list[str]:
-        more = [f"{mark} {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
-        return [f"{mark} {name}" for name in names[:MAX_NAMES]] + more
+        more = [f"{mark} {len(names) - most} more"] if len(names) > most else []
+        return [f"{mark} {name}" for name in names[:most]] + more
 
     return "\n".join(listed(panel.shared, "=") + listed(panel.other, "·"))
