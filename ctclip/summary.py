@@ -109,8 +109,8 @@ def _training(lines: list[dict[str, float]]) -> report.Section:
         if cut is None
         else [
             f"{100 * cut['text/truncated_share']:.1f} % of the training reports were longer than "
-            f"the tokenizer's limit, which left out {100 * cut['text/tokens_cut_share']:.1f} % of all "
-            "tokens."
+            "the tokenizer's limit, which left out "
+            f"{100 * cut['text/tokens_cut_share']:.1f} % of all tokens."
         ],
         figures=[
             report.Picture(
