@@ -288,8 +288,8 @@ class CTViT(nn.Module):
         self.temporal_norm = nn.LayerNorm(width, bias=False)
         self.codebook = Codebook(codes, width)
         self.grid_hw = (image_size[0] // patch[1], image_size[1] // patch[2])
-        # One weight for each place of the flattened grid: 151 M of them, and height and width fixed.
-        # Released weights need it.
+        # One weight for each place of the flattened grid: 151 M of them, and the in-plane size is
+        # fixed. Released weights need it.
         self.proj = nn.Linear(self.grid_hw[0] * self.grid_hw[1] * width, embed_dim, bias=False)
 
     @classmethod
