@@ -9,6 +9,7 @@ import pytest
 
 import ctclip
 from ctclip import cli
+from ctclip.evaluation.scores import ScoreTable
 from ctclip.findings import FINDINGS
 
 TINY_MODEL = [
@@ -176,3 +177,39 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path, capsys):
 
     assert stopped.value.code == 2
     assert "none.safetensors" in capsys.readouterr().err
+
+
+def test_scores_can_come_from_parts_and_from_other_spaces(run, tmp_path):
+    ckpt, cohort = f"--ckpt={run / 'train' / 'model.safetensors'}", f"--cohort={run / 'cohort'}"
+    plain = ScoreTable.load(run / "zero_shot" / "scores.parquet")
+    found = {}
+    for option in ("window=[24,32,32]", "window=[24,16,16]", "patches=3", "space=whitened"):
+        out = tmp_path / option.split("[")[0]
+        cli.zero_shot([ckpt, cohort, f"--out={out}", "replicates=0", option])
+        found[option] = ScoreTable.load(out / "scores.parquet")
+        assert found[option].header[option.split("=")[0]] is not plain.header[option.split("=")[0]]
+    np.testing.assert_allclose(found["window=[24,32,32]"].scores, plain.scores, atol=1e-5)
+    for option in ("window=[24,16,16]", "patches=3", "space=whitened"):
+        assert np.abs(found[option].scores - plain.scores).max() > 1e-4
+
+
+def test_what_the_model_and_its_labels_are_worth_is_one_command_each(run, tmp_path):
+    ckpt, cohort = f"--ckpt={run / 'train' / 'model.safetensors'}", f"--cohort={run / 'cohort'}"
+    cli.train_fit([ckpt, cohort, f"--out={tmp_path / 'fit'}", "zero_shot.replicates=20"])
+    verdicts = pd.read_csv(tmp_path / "fit" / "verdicts.csv")
+    assert set(verdicts["verdict"]) == {"too few cases to say"}  # of six training patients
+    assert len(pd.read_csv(tmp_path / "fit" / "prompts.csv")) > 0
+
+    cli.label_audit([ckpt, cohort, f"--out={tmp_path / 'audit'}", "num_folds=2", "replicates=20"])
+    rates = pd.read_csv(tmp_path / "audit" / "noise.csv")
+    assert rates["finding"].tolist() == list(FINDINGS)
+    assert (rates["contradicted_by_report"] == 0).all()
+
+    truth = f"--truth={run / 'phantoms' / 'truth.csv'}"
+    cli.styles([ckpt, cohort, truth, f"--out={tmp_path / 'styles'}"])
+    assert len(pd.read_csv(tmp_path / "styles" / "styles.csv")) == 3
+
+    scores = str(run / "zero_shot" / "scores.parquet")
+    reports = f"--reports={run / 'phantoms' / 'manifest.csv'}"
+    cli.evaluate([scores, reports, f"--out={tmp_path / 'report'}", "--replicates=20"])
+    assert "Uncertain findings" in (tmp_path / "report" / "report.html").read_text()
