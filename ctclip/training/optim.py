@@ -94,7 +94,12 @@ OURS = {
 
 
 def deepspeed_config(
-    engine: EngineConfig, optim: OptimConfig, *, rows_per_rank: int, world_size: int
+    engine: EngineConfig,
+    optim: OptimConfig,
+    *,
+    rows_per_rank: int,
+    world_size: int,
+    micro_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Build the dict that ``deepspeed.initialize`` gets.
 
@@ -114,6 +119,12 @@ def deepspeed_config(
             )
     zero = extra.setdefault("zero_optimization", {"stage": 0})
     _refuse(zero, engine, optim, str(engine.deepspeed))
+    if zero.get("stage") == 3 and (micro_batch_size or rows_per_rank) < rows_per_rank:
+        raise ValueError(
+            f"{engine.deepspeed}: ZeRO 3 x micro-batches is refused: from the second step on "
+            f"gradients were measured to differ from those of the whole batch; use ZeRO 2, or "
+            f"leave micro_batch_size at {rows_per_rank} or more"
+        )
     return {
         **extra,
         "train_batch_size": rows_per_rank * world_size,

@@ -294,7 +294,11 @@ class _Job:
 
         rows = rows_per_rank(config.batch_size)
         settings = optim.deepspeed_config(
-            config.engine, config.optim, rows_per_rank=rows, world_size=distributed.world_size()
+            config.engine,
+            config.optim,
+            rows_per_rank=rows,
+            world_size=distributed.world_size(),
+            micro_batch_size=config.micro_batch_size,
         )
         source = _checkpoint_to_load(checkpoint, settings, out)
         engine = optim.start_engine(

@@ -119,6 +119,15 @@ def test_settings_with_another_home_and_combinations_that_fail_silently_are_refu
         deepspeed_config(written(tmp_path, content), OptimConfig(), rows_per_rank=4, world_size=2)
 
 
+def test_zero_3_with_micro_batches_is_refused(tmp_path):
+    engine = written(tmp_path, {"zero_optimization": {"stage": 3}})
+    rows = {"rows_per_rank": 4, "world_size": 2}
+
+    with pytest.raises(ValueError, match="ZeRO 3 x micro-batches is refused"):
+        deepspeed_config(engine, OptimConfig(), **rows, micro_batch_size=2)
+    assert deepspeed_config(engine, OptimConfig(), **rows, micro_batch_size=4)
+
+
 def test_our_settings_reach_deepspeed(tmp_path):
     config = deepspeed_config(
         written(tmp_path, {"zero_optimization": {"stage": 2}}),
