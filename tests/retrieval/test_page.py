@@ -388,7 +388,8 @@ def test_every_shared_defect_is_refused_or_read_and_harms_nobody(client, archive
     for row in rows:
         path = folder / row["file"]
         members = sorted(path.rglob("*")) if path.is_dir() else [path]
-        data = path.read_bytes() if path.suffix in (".nii", ".gz") else None
+        is_scan = path.is_file() and path.suffix in (".nii", ".gz")
+        data = path.read_bytes() if is_scan else None
         if data is None:
             files = [member for member in members if member.is_file()]
             data = zipped([(member.name, member.read_bytes()) for member in files])
