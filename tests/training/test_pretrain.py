@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import json
 import os
 import re
@@ -27,11 +29,18 @@ def undisturbed(cohort, tmp_path_factory):
     return out
 
 
-def wait_until(condition, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_until(condition, period_s: float = 0.02) -> None:
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(period_s)
+
+
+def is_writing(out: Path, since_s: float) -> bool:
+    """Whether a checkpoint is half written, and not one that an earlier kill left."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(p.stat().st_mtime > since_s for p in out.glob("checkpoints/.writing-*"))
+    return False
 
 
 def last_step(out: Path) -> int:
@@ -46,48 +55,36 @@ def zero(tmp_path: Path, stage: int) -> dict:
     return {"deepspeed": str(path)}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "micro_batch_size", "stage"), [(1, 2, 2), (2, None, 0), (2, 1, 1), (2, 2, 2)]
-)
-def test_processes_micro_batches_and_zero_stages_do_not_change_training(
-    cohort, undisturbed, tmp_path, world_size, micro_batch_size, stage
-):
-    """Same losses, gradient norms and final weights, with dropout on."""
-    lines = pretrain(
-        cohort,
-        tmp_path / "run",
-        world_size,
-        micro_batch_size=micro_batch_size,
-        engine=zero(tmp_path, stage),
-    )
-
-    for name in ("loss", "grad_norm", "loss_report", "loss_opposite"):
-        assert column(lines, name) == pytest.approx(
-            column(losses_of(undisturbed), name), rel=1e-5
-        ), name
-    expected = weights_of(undisturbed)
-    for name, weight in weights_of(tmp_path / "run").items():
-        # Adam divides by the gradient's own size, so where a gradient is rounding noise, its sign
-        # moves a weight: 1e-5 is 0.3 % of the way that a weight can go in these six steps.
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+def writes_or_ended(run: Run, since_s: float) -> bool:
+    return is_writing(run.out, since_s) or not run.processes[0].is_alive()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_weights(
     cohort, tmp_path, world_size
 ):
-    """CTCLIP_KILLS=20 is the long version; one or two kills keep the suite short."""
-    kills = int(os.environ.get("CTCLIP_KILLS", 3 - world_size))
+    """CTCLIP_KILLS=20 is the long version; a few kills keep the suite short.
+
+    Every other one comes while a checkpoint is being written.
+    """
+    kills = int(os.environ.get("CTCLIP_KILLS", 2))
     steps = 3 * kills
     out, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     pretrain(cohort, undisturbed, world_size, steps=steps)
     rng = np.random.default_rng(world_size)
+    half_written = 0
     for kill in range(kills):
+        started_s = time.time()
         run = Run(cohort, out, world_size, {"steps": steps})
         target = 3 * kill + int(rng.integers(1, 3))
         wait_until(lambda target=target: last_step(out) >= target)
-        time.sleep(rng.uniform(0.0, 0.1))  # in a step, or in the middle of a checkpoint
+        if kill % 2 == 0:
+            wait_until(functools.partial(writes_or_ended, run, started_s), 0.001)
+        else:
+            time.sleep(rng.uniform(0.0, 0.1))
         run.kill()
+        half_written += is_writing(out, started_s)
+    print(f"{half_written} of {kills} kills left a half-written checkpoint")
     lines = pretrain(cohort, out, world_size, steps=steps)
 
     assert column(lines) == column(losses_of(undisturbed))
@@ -144,6 +141,37 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == 4
 
 
+def test_a_volume_that_becomes_unreadable_is_replaced_the_same_way_on_any_number_of_ranks(
+    tmp_path,
+):
+    damaged = toy_cohort.build(tmp_path / "cohort")
+    prepared = PreparedCohort.open(damaged)
+    lost = [record.volume_id for record in prepared.split("train")[3:5]]
+    (prepared.path / "volumes" / f"{lost[0]}.b2nd").write_bytes(b"no longer a volume")
+    (prepared.path / "volumes" / f"{lost[1]}.b2nd").unlink()
+
+    alone = pretrain(damaged, tmp_path / "alone")
+    together = pretrain(damaged, tmp_path / "together", 2)
+
+    assert column(together) == pytest.approx(column(alone), rel=1e-5)
+    for run in ("alone", "together"):
+        ledger = (tmp_path / run / "unreadable_volumes.jsonl").read_text()
+        assert all(f'"{volume_id}"' in ledger for volume_id in lost), ledger
+
+
+def test_a_volume_that_is_lost_while_the_run_goes_on_does_not_stop_it(tmp_path):
+    cohort = toy_cohort.build(tmp_path / "cohort")
+    prepared = PreparedCohort.open(cohort)
+    run = Run(cohort, tmp_path / "run", 2, {"steps": 12})
+    wait_until(lambda: last_step(tmp_path / "run") >= 2)
+    for record in prepared.split("train")[:6]:
+        (prepared.path / "volumes" / f"{record.volume_id}.b2nd").unlink()
+
+    assert run.wait() == [0, 0]
+    assert len(losses_of(tmp_path / "run")) == 12
+    assert (tmp_path / "run" / "unreadable_volumes.jsonl").exists()
+
+
 def test_sigterm_saves_a_checkpoint_and_exits_cleanly(cohort, tmp_path):
     out = tmp_path / "run"
     run = Run(cohort, out, 2, {"steps": 10_000, "checkpoint": {"every": 10_000}})
@@ -155,7 +183,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(cohort, tmp_path):
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == steps
 
 
-@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 1), (2, 1, 0)])
 def test_a_run_goes_on_with_another_number_of_processes(
     cohort, undisturbed, tmp_path, before, after, stage
 ):
