@@ -92,9 +92,9 @@ class ConvStem(nn.Module):
         """``(B, C, D, H, W)``, a multiple of the patch, to ``(B, d, h, w, M)``."""
         # A permuted channels-last tensor is already in channels_last_3d memory: nothing moves.
         x = rearrange(self.first(image), "b d h w c -> b c d h w")
-        # On a CPU without bf16 instructions oneDNN returns garbage, NaN or huge, as the bf16 gradient
-        # of these weights (torch 2.15). So CPUs convolve in the weights' own type; CPU autocast is
-        # nothing to a GPU.
+        # On a CPU without bf16 instructions oneDNN returns garbage, NaN or huge, as the bf16
+        # gradient of these weights (torch 2.15). So CPUs convolve in the weights' own type; CPU
+        # autocast is nothing to a GPU.
         with torch.autocast("cpu", enabled=False):
             if x.device.type == "cpu":
                 x = x.to(self.norm.weight.dtype)
