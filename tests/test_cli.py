@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctclip import cli
+from ctclip.cli.command import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +60,20 @@ def test_a_flag_without_a_value_for_key_is_refused(capsys):
         cli.phantom(["--out=x", "num_patients"])
 
     assert "expected key=value, got 'num_patients'" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_named_with_its_path(tmp_path, capsys):
+    blocked = tmp_path / "file" / "out"
+    blocked.parent.write_text("not a folder")
+
+    @command
+    def write(argv=None):
+        blocked.mkdir()
+
+    with pytest.raises(SystemExit) as stopped:
+        write([])
+
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith(f"error: {blocked}: not a directory; name a path")
+    assert "Errno" not in said

@@ -37,13 +37,23 @@ def command(function: Command) -> Command:
         except (ValueError, OSError) as error:
             if os.environ.get("CTCLIP_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_in_words(error)}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run
+
+
+def _in_words(error: Exception) -> str:
+    """The error's own sentence, or one for what the operating system says in a code and a path."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return (
+            f"{error.filename}: {error.strerror.lower()}; name a path that exists, or that you may "
+            "make and write to"
+        )
+    return str(error)
 
 
 def new_parser(doc: str | None, config_folder: str | None = None) -> argparse.ArgumentParser:

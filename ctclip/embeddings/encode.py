@@ -38,7 +38,7 @@ def embed_texts(
                 checkpoint.tokenizer(list(texts[start : start + batch_size])).to(device),
                 normalize=True,
             )
-            for start in progress(starts, len(starts), "embed text", "batch")
+            for start in progress(starts, len(starts), "embed text", "step")
         ]
     return _normalised(torch.cat(parts))
 

@@ -104,7 +104,7 @@ def embed_volumes(
     rows: list[EmbeddingTable] = []
     start = 0
     with torch.inference_mode():
-        for read in progress(batches, len(batches), "embed", "batch"):
+        for read in progress(batches, len(batches), "embed", "step"):
             batch = _readable(mine[start : start + len(read)], read, out)
             start += len(read)
             if not batch:
