@@ -77,3 +77,39 @@ def test_what_the_system_refuses_is_named_with_its_path(tmp_path, capsys):
     assert stopped.value.code == 2
     assert said.startswith(f"error: {blocked}: not a directory; name a path")
     assert "Errno" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "error: no space left on device; free space"),
+        (OSError(28, "no space left in runs/a: lower checkpoint.keep"), "error: no space left in"),
+    ],
+)
+def test_a_full_disk_is_not_called_a_wrong_path(error, words, capsys):
+    @command
+    def write(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit):
+        write([])
+
+    said = capsys.readouterr().err
+    assert said.startswith(words)
+    assert "Errno" not in said
+    assert "name a path" not in said
+
+
+def test_a_write_that_the_disk_refuses_is_explained(capsys):
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("no /dev/full on this machine: nothing that refuses every write")
+
+    @command
+    def write(argv=None):
+        full.write_bytes(b"scores")
+
+    with pytest.raises(SystemExit):
+        write([])
+
+    assert "no space left on device; free space there" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What every command shares: a parser with config and overrides, and errors in one sentence."""
 
 import argparse
+import errno
 import functools
 import logging
 import os
@@ -48,12 +49,16 @@ def command(function: Command) -> Command:
 
 def _in_words(error: Exception) -> str:
     """The error's own sentence, or one for what the operating system says in a code and a path."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return (
-            f"{error.filename}: {error.strerror.lower()}; name a path that exists, or that you may "
-            "make and write to"
-        )
-    return str(error)
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    if error.strerror != os.strerror(error.errno):
+        return where + error.strerror
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free space there or write elsewhere, then start the same command again"
+    else:
+        advice = "name a path that exists, or that you may make and write to"
+    return f"{where}{error.strerror.lower()}; {advice}"
 
 
 def new_parser(doc: str | None, config_folder: str | None = None) -> argparse.ArgumentParser:
