@@ -54,6 +54,7 @@ def test_it_trains_the_same_as_the_plain_engine(
 def test_bf16_follows_fp32_within_its_precision_and_keeps_fp32_weights(cohort, plain, tmp_path):
     lines = pretrain(cohort, tmp_path / "run", 1, engine={"precision": "bf16"})
 
+    assert {line["skipped_steps"] for line in lines} == {0}
     assert column(lines) == pytest.approx(column(losses_of(plain)), rel=2e-2)
     assert {weight.dtype for weight in weights_of(tmp_path / "run").values()} == {torch.float32}
 
