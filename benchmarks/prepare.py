@@ -83,8 +83,8 @@ def run_nibabel(path: Path) -> np.ndarray:
     hu = 1.0 * image.get_fdata() + 0.0
     spacing = np.array(image.header.get_zooms())[[2, 1, 0]]
     hu = torch.from_numpy(hu).permute(2, 1, 0)[None, None]
-    # Rounded: CT-CLIP's int() makes 239 slices of 400 x 0.9 / 1.5, for 0.9 is a little less in the
-    # header's float32, and every voxel then lies elsewhere.
+    # Rounded, not cut: the header's float32 holds a little less than 0.9 mm, and 239 slices instead
+    # of 400 x 0.9 / 1.5 = 240 would put every voxel elsewhere.
     size = [round(n * s / t) for n, s, t in zip(hu.shape[2:], spacing, SPACING_MM, strict=True)]
     hu = torch.nn.functional.interpolate(hu, size=size, mode="trilinear", align_corners=False)
     hu = hu[0, 0].clip(-1000, 1000).numpy()

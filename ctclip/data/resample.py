@@ -10,6 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+HEADER_ROUNDING = 1e-4
+"""Voxels by which a length may miss a whole number and still be it.
+
+A NIfTI header holds 0.9 mm as a float32 just below it: 400 such slices are 239.999994 of 1.5 mm,
+and cut down to 239 they would be another volume than the same scan's DICOM files make.
+"""
+
 
 @dataclass(frozen=True)
 class AxisPlan:
@@ -44,7 +51,7 @@ def plan_axis(
         antialias: Average over what a target voxel covers where it is larger than a source voxel;
             otherwise two-tap interpolation, which skips source voxels beyond a factor of two.
     """
-    resampled = max(1, int(size * source_mm / target_mm))
+    resampled = max(1, int(size * source_mm / target_mm + HEADER_ROUNDING))
     step = size / resampled
     crop = max((resampled - num_out) // 2, 0)
     kept = min(num_out, resampled)

@@ -46,6 +46,16 @@ def test_crops_and_pads_about_the_centre():
     assert (out[12:] == -1000).all()
 
 
+def test_a_spacing_that_a_header_rounds_makes_the_same_volume():
+    hu = np.random.default_rng(0).integers(-1000, 1000, (40, 4, 4)).astype(np.int16)
+    size = (30, 4, 4)
+    exact, rounded = ((step, 1.0, 1.0) for step in (0.9, float(np.float32(0.9))))
+    assert rounded < exact
+    assert np.array_equal(
+        run(hu, rounded, (1.5, 1.0, 1.0), size), run(hu, exact, (1.5, 1.0, 1.0), size)
+    )
+
+
 def test_padding_and_metal_do_not_bleed_into_neighbours():
     hu = np.full((8, 8, 8), 40, dtype=np.int16)
     hu[:, :, :4] = -8192
