@@ -97,7 +97,11 @@ def free_port() -> int:
 def shuffle_reports(cohort: Path, out: Path) -> Path:
     """Copy a prepared cohort with every training report given to another training patient."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(cohort / "volumes", out / "volumes", copy_function=os.link, dirs_exist_ok=True)
+    (out / "volumes").mkdir(exist_ok=True)
+    for volume in (cohort / "volumes").iterdir():
+        linked = out / "volumes" / volume.name
+        if not linked.exists():  # it does where an earlier run was interrupted
+            os.link(volume, linked)
     shutil.copy(cohort / "recipe.yaml", out / "recipe.yaml")
     with (cohort / "manifest.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
