@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,8 +74,6 @@ def embed_volumes(
     """
     import torch
 
-    from ctclip import distributed
-
     records = list(cohort.records if records is None else records)
     expected = checkpoint.volume_config.fingerprint()
     if cohort.fingerprint != expected:
@@ -85,55 +83,29 @@ def embed_volumes(
             "checkpoint's settings: ctclip-prepare --like <checkpoint>"
         )
     provenance = space_of(checkpoint)
-    shards = _Shards(out, "volume", provenance, fields) if out is not None else None
-    done = shards.read() if shards else []
-    known = {volume for table in done for volume in table.volume_id}
-    todo = [record for record in records if record.volume_id not in known]
-    mine = todo[distributed.rank() :: distributed.world_size()]
-    if known:
-        logger.info("%d of %d volumes are embedded already", len(records) - len(todo), len(records))
-
     model = checkpoint.model.to(device).eval()
-    batches: Any = torch.utils.data.DataLoader(
-        _Volumes(cohort, mine),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,
-        collate_fn=list,
-    )
-    rows: list[EmbeddingTable] = []
-    start = 0
-    with torch.inference_mode():
+
+    def embed(mine: "Sequence[VolumeRecord]") -> Iterator[EmbeddingTable]:
+        batches: Any = torch.utils.data.DataLoader(
+            _Volumes(cohort, mine),  # type: ignore[arg-type]
+            batch_size=batch_size,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+            collate_fn=list,
+        )
+        start = 0
         for read in progress(batches, len(batches), "embed", "step"):
             batch = _readable(mine[start : start + len(read)], read, out)
             start += len(read)
-            if not batch:
-                continue
-            hu = torch.stack([voxels for voxels in read if isinstance(voxels, torch.Tensor)])
-            prompt, report = encode_batch(checkpoint, model, hu.to(device))
-            rows.append(_rows(batch, prompt, report, "volume", provenance, fields))
-            if shards and sum(map(len, rows)) >= SHARD_ROWS:
-                done.append(shards.write(concatenate(rows)))
-                rows = []
-    if rows:
-        table = concatenate(rows)
-        done.append(shards.write(table) if shards else table)
-    if shards:
-        distributed.barrier()
-        done = shards.read()
-    elif distributed.world_size() > 1:
-        done = [table for part in distributed.gather_objects(done) for table in part]
-    if not done:
-        raise EmbeddingError(f"none of the {len(records)} volumes to embed can be read")
+            if batch:
+                hu = torch.stack([voxels for voxels in read if isinstance(voxels, torch.Tensor)])
+                with torch.inference_mode():
+                    prompt, report = encode_batch(checkpoint, model, hu.to(device))
+                yield _rows(batch, prompt, report, "volume", provenance, fields)
 
-    table = concatenate(done)
-    row_of = {volume: row for row, volume in enumerate(table.volume_id)}
-    table = table.select([row_of[r.volume_id] for r in records if r.volume_id in row_of])
-    if shards:
-        distributed.barrier()  # nobody deletes shards that another process is reading
-        if distributed.is_main():
-            shards.finish(table)
-        distributed.barrier()
+    table = _share_out(records, embed, None if out is None else _Shards(out, provenance, fields))
+    if table is None:
+        raise EmbeddingError(f"none of the {len(records)} volumes to embed can be read")
     return table
 
 
@@ -141,16 +113,20 @@ def embed_reports(
     checkpoint: "Checkpoint",
     records: "Sequence[VolumeRecord]",
     *,
+    out: str | Path | None = None,
     sections: Literal["both", "findings", "impression"] = "both",
     batch_size: int = 32,
     device: str = "cpu",
     fields: Sequence[str] = DEFAULT_FIELDS,
 ) -> EmbeddingTable:
-    """Embed the report of every study that has one.
+    """Embed the report of every study that has one, once; shared out and resumed like volumes.
+
+    A report that was edited, added or removed makes all of them be embedded again.
 
     Args:
         checkpoint: The model.
         records: Volumes; the volumes of a study share one report, which gives one row.
+        out: Parquet file to write and to resume from.
         sections: Which part of the report to embed.
         batch_size: Reports per forward pass.
         device: For example ``"cuda:0"``.
@@ -174,9 +150,70 @@ def embed_reports(
         raise EmbeddingError(
             f"none of the {len(records)} records has a report (sections={sections})"
         )
-    vectors = embed_texts(checkpoint, list(texts.values()), batch_size=batch_size, device=device)
-    provenance = {**space_of(checkpoint), "sections": sections}
-    return _rows(list(studies.values()), vectors, None, "report", provenance, fields)
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
+    provenance = {**space_of(checkpoint), "sections": sections, "texts": digest}
+
+    def embed(mine: "Sequence[VolumeRecord]") -> Iterator[EmbeddingTable]:
+        starts = range(0, len(mine), batch_size)
+        for start in progress(starts, len(starts), "embed text", "step"):
+            batch = mine[start : start + batch_size]
+            wanted = [texts[record.study_id] for record in batch]
+            vectors = embed_texts(checkpoint, wanted, batch_size=batch_size, device=device)
+            yield _rows(batch, vectors, None, "report", provenance, fields)
+
+    shards = None if out is None else _Shards(out, provenance, fields)
+    table = _share_out(list(studies.values()), embed, shards)
+    assert table is not None  # there is a text, and a text can't be unreadable
+    return table
+
+
+def _share_out(
+    records: "Sequence[VolumeRecord]",
+    embed: "Callable[[Sequence[VolumeRecord]], Iterable[EmbeddingTable]]",
+    shards: "_Shards | None",
+) -> EmbeddingTable | None:
+    """Embed what no shard holds yet, each process its part; every process returns the whole.
+
+    Args:
+        records: In the order of the result.
+        embed: Turns records into tables, batch by batch, in their order.
+        shards: Where finished parts are kept; None keeps them in memory.
+    """
+    from ctclip import distributed
+
+    done = shards.read() if shards else []
+    known = {volume for table in done for volume in table.volume_id}
+    todo = [record for record in records if record.volume_id not in known]
+    if known:
+        logger.info("%d of %d rows are embedded already", len(records) - len(todo), len(records))
+    distributed.barrier()  # all have seen the same shards before anybody adds one
+
+    rows: list[EmbeddingTable] = []
+    for batch in embed(todo[distributed.rank() :: distributed.world_size()]):
+        rows.append(batch)
+        if shards and sum(map(len, rows)) >= SHARD_ROWS:
+            done.append(shards.write(concatenate(rows)))
+            rows = []
+    if rows:
+        table = concatenate(rows)
+        done.append(shards.write(table) if shards else table)
+    if shards:
+        distributed.barrier()
+        done = shards.read()
+    elif distributed.world_size() > 1:
+        done = [table for part in distributed.gather_objects(done) for table in part]
+    if not done:
+        return None
+
+    table = concatenate(done)
+    row_of = {volume: row for row, volume in enumerate(table.volume_id)}
+    table = table.select([row_of[r.volume_id] for r in records if r.volume_id in row_of])
+    if shards:
+        distributed.barrier()  # nobody deletes shards that another process is reading
+        if distributed.is_main():
+            shards.finish(table)
+        distributed.barrier()
+    return table
 
 
 class _Volumes:
@@ -270,12 +307,10 @@ class _Shards:
     of a restarted job may cut the work differently.
     """
 
-    def __init__(
-        self, out: str | Path, kind: Kind, provenance: dict[str, str], fields: Sequence[str]
-    ) -> None:
+    def __init__(self, out: str | Path, provenance: dict[str, str], fields: Sequence[str]) -> None:
         self.out = Path(out)
         self.folder = self.out.with_name(self.out.name + ".parts")
-        self.kind, self.provenance, self.fields = kind, provenance, list(fields)
+        self.provenance, self.fields = provenance, list(fields)
 
     def read(self) -> list[EmbeddingTable]:
         paths = [self.out] if self.out.is_file() else []
@@ -291,10 +326,12 @@ class _Shards:
                     f"{path} carries the fields {list(table.fields)}, asked for are {self.fields}; "
                     "delete it or choose another --out"
                 )
-        return tables
+        texts = self.provenance.get("texts")  # shards of other texts are of no use
+        return [table for table in tables if table.provenance.get("texts") == texts]
 
     def write(self, table: EmbeddingTable) -> EmbeddingTable:
-        name = hashlib.sha256("\n".join(table.volume_id).encode()).hexdigest()[:16]
+        key = "\n".join([self.provenance.get("texts", ""), *table.volume_id])
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
         table.save(self.folder / f"{name}.parquet")
         return table
 

@@ -4,11 +4,14 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ctclip.embeddings.export import DEFAULT_FIELDS, embed_reports, embed_volumes
 from ctclip.embeddings.health import health
 from ctclip.embeddings.table import EmbeddingError, EmbeddingTable
+
+if TYPE_CHECKING:
+    from ctclip.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class EmbedConfig:
 def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
     """Embed, write, and say how healthy the embeddings are.
 
-    Started by ``torchrun`` or ``deepspeed``, the processes share the volumes. Called again, only
+    Started by ``torchrun`` or ``deepspeed``, the processes share the work. Called again, only
     what is missing is computed.
 
     Returns:
@@ -81,28 +84,37 @@ def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
             fields=config.fields,
         )
     has_reports = any(record.findings or record.impression for record in records)
-    if distributed.is_main() and (
-        config.kind == "reports" or (config.kind == "both" and has_reports)
-    ):
+    if config.kind == "reports" or (config.kind == "both" and has_reports):
         tables["report"] = embed_reports(
-            checkpoint, records, sections=config.sections, device=device, fields=config.fields
+            checkpoint,
+            records,
+            out=config.out / "reports.parquet",
+            sections=config.sections,
+            device=device,
+            fields=config.fields,
         )
-        tables["report"].save(config.out / "reports.parquet")
-        tokenizer = checkpoint.tokenizer
-        logger.info(
-            "%d of %d reports are longer than %d tokens; truncation=%s left out %d tokens",
-            tokenizer.truncated,
-            len(tables["report"]),
-            tokenizer.context_length,
-            tokenizer.truncation,
-            tokenizer.tokens_cut,
-        )
-    distributed.barrier()
+        _say_what_was_cut(checkpoint)
     if distributed.is_main():
         console = Console()
         for kind, table in tables.items():
             console.print(f"{kind}s → {config.out / f'{kind}s.parquet'}: {health(table)}")
     return tables
+
+
+def _say_what_was_cut(checkpoint: "Checkpoint") -> None:
+    from ctclip import distributed
+
+    tokenizer = checkpoint.tokenizer
+    counts = distributed.gather_objects((tokenizer.truncated, tokenizer.tokens_cut))
+    reports, tokens = (sum(count) for count in zip(*counts, strict=True))
+    if distributed.is_main() and reports:
+        logger.info(
+            "%d of the reports embedded now are longer than %d tokens; truncation=%s left out %d",
+            reports,
+            tokenizer.context_length,
+            tokenizer.truncation,
+            tokens,
+        )
 
 
 def _device(name: str) -> str:

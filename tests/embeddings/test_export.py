@@ -187,6 +187,25 @@ def test_the_volumes_of_a_study_share_one_report_row():
     np.testing.assert_allclose(np.linalg.norm(reports.vectors, axis=1), 1.0, atol=1e-6)
 
 
+def test_reports_are_embedded_once_and_again_when_one_was_edited(tmp_path):
+    out, cohort = tmp_path / "r.parquet", StubCohort(8)
+    embed_reports(StubCheckpoint(), cohort.records, out=out)
+    content = out.read_bytes()
+    modelless = StubCheckpoint(model=None)
+
+    again = embed_reports(modelless, cohort.records, out=out)
+    assert out.read_bytes() == content
+
+    for record in cohort.records[:2]:
+        record.findings = "an edited report of several words"
+    with pytest.raises(AttributeError):  # a new text needs the model
+        embed_reports(modelless, cohort.records, out=out)
+    edited = embed_reports(StubCheckpoint(), cohort.records, out=out)
+    assert not np.allclose(edited.vectors[0], again.vectors[0])
+    np.testing.assert_array_equal(edited.vectors[1:], again.vectors[1:])
+    assert os.listdir(tmp_path) == ["r.parquet"]
+
+
 def test_texts_do_not_depend_on_their_neighbours():
     texts = ["a b", "long word here now", "x"]
 
