@@ -23,6 +23,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_initialised() else 1
 
 
+def launched_size() -> int:
+    """How many processes the launcher started, known before they have joined each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """This process's index on its own machine: the GPU it uses."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -63,6 +63,9 @@ BYTES_PER_WEIGHT = 4 * (1 + 3 + 2)
 HARMLESS = ("out", "micro_batch_size", "workers", "guard", "checkpoint", "monitor")
 """What may change when a run goes on: it doesn't move the numbers beyond rounding."""
 
+TRAINED = ("metrics.jsonl", "checkpoints", "model.safetensors", "best.safetensors")
+"""Files of a run folder that hold what was computed."""
+
 Evaluator = Callable[[CTCLIP, Tokenizer], dict[str, float]]
 """Measures a model during training, e.g. zero-shot AUROC; called on rank 0 in eval mode."""
 
@@ -152,13 +155,9 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
         Diverged: If the loss stays unusable.
         OSError: If the run folder can't be written to.
     """
+    settings = check(config, evaluators)
     optim.start_processes()
-    job = _Job.prepare(config)
-    if evaluators and job.engine.zero_optimization_stage() == 3:
-        raise ValueError(
-            "ZeRO 3 x evaluation during training is refused: no process holds a whole model; set "
-            "checkpoint.evaluate_every=0 and evaluate model.safetensors of a checkpoint"
-        )
+    job = _Job.prepare(config, settings)
     with (
         resume.explained_disk_errors(job.out),
         Guard(config.guard, job.out, job.progress.skipped) as guard,
@@ -220,6 +219,38 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
     return job.out / "model.safetensors"
 
 
+def check(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> dict[str, Any]:
+    """Refuse what can't work, before anything is loaded, written or waited for.
+
+    Args:
+        config: The run.
+        evaluators: As for :func:`run`.
+
+    Returns:
+        The settings of the DeepSpeed engine.
+
+    Raises:
+        ValueError: If settings contradict each other or the number of processes, or the run
+            folder holds another run.
+        FileNotFoundError: If ``engine.deepspeed`` doesn't exist.
+    """
+    world_size = distributed.launched_size()
+    settings = optim.deepspeed_config(
+        config.engine,
+        config.optim,
+        rows_per_rank=rows_per_rank(config.batch_size, world_size),
+        world_size=world_size,
+        micro_batch_size=config.micro_batch_size,
+    )
+    if evaluators and settings["zero_optimization"].get("stage") == 3:
+        raise ValueError(
+            "ZeRO 3 x evaluation during training is refused: no process holds a whole model; set "
+            "checkpoint.evaluate_every=0 and evaluate model.safetensors of a checkpoint"
+        )
+    _require_no_other_run(Path(config.out), config)
+    return settings
+
+
 @dataclass
 class Progress:
     """How far a run is; stored in every checkpoint."""
@@ -258,10 +289,9 @@ class _Job:
     """How much of the training reports the tokenizer leaves out."""
 
     @classmethod
-    def prepare(cls, config: PretrainConfig) -> "_Job":
+    def prepare(cls, config: PretrainConfig, settings: dict[str, Any]) -> "_Job":
         """Build model, data and engine, and go on from the newest intact checkpoint."""
         out = Path(config.out)
-        _claim(out, config)
         device = _device()
         cohort = PreparedCohort.open(Path(config.cohort))
         records = _with_reports(cohort.split("train"), config)
@@ -271,6 +301,7 @@ class _Job:
         torch.manual_seed(config.seed)
         model, model_config, tokenizer, origin = _model(config, cohort)
         model.to(device)
+        _claim(out, config)
         checkpoint = resume.newest_intact(out / "checkpoints")
         warmup = {}
         if checkpoint is None:
@@ -292,14 +323,6 @@ class _Job:
         if config.engine.compile:
             model.visual.compile()
 
-        rows = rows_per_rank(config.batch_size)
-        settings = optim.deepspeed_config(
-            config.engine,
-            config.optim,
-            rows_per_rank=rows,
-            world_size=distributed.world_size(),
-            micro_batch_size=config.micro_batch_size,
-        )
         source = _checkpoint_to_load(checkpoint, settings, out)
         engine = optim.start_engine(
             Towers(
@@ -325,7 +348,8 @@ class _Job:
                 bank,
                 config.text,
                 config.loss,
-                micro_batch_size=config.micro_batch_size or rows,
+                micro_batch_size=config.micro_batch_size
+                or rows_per_rank(config.batch_size, distributed.world_size()),
                 seed=config.seed,
                 device=device,
             ),
@@ -496,25 +520,28 @@ def _checkpoint_to_load(
     return reshard.to_universal(checkpoint, ENGINE_TAG, out / "resharded")
 
 
+def _require_no_other_run(out: Path, config: PretrainConfig) -> None:
+    """Refuse a folder with what another config has trained; a config alone is no run."""
+    resolved = out / "config.yaml"
+    if not resolved.exists() or not any((out / name).exists() for name in TRAINED):
+        return
+    difference = _difference(resolved, config)
+    if difference:
+        raise ValueError(
+            f"{out} holds a run with another config ({difference}); choose another folder with "
+            f"out=FOLDER, or delete this one to start afresh"
+        )
+
+
 def _claim(out: Path, config: PretrainConfig) -> None:
-    """Make the run folder this run's own, before anything is computed."""
-    refusal: str | None = None
+    """Make the run folder this run's own, once its parts are there and before it trains."""
     if distributed.is_main():
         with resume.explained_disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            resolved = out / "config.yaml"
-            if resolved.exists():
-                refusal = _difference(resolved, config)
-            if refusal is None:
-                temporary = out / ".config.yaml.tmp"
-                configuration.save(config, temporary)
-                os.replace(temporary, resolved)
-    refusal = distributed.gather_objects(refusal)[0]
-    if refusal:
-        raise ValueError(
-            f"{out} holds a run with another config ({refusal}); choose another folder with "
-            f"out=FOLDER, or delete this one to start afresh"
-        )
+            temporary = out / ".config.yaml.tmp"
+            configuration.save(config, temporary)
+            os.replace(temporary, out / "config.yaml")
+    distributed.barrier()
 
 
 def _difference(resolved: Path, config: PretrainConfig) -> str | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from ctclip import distributed
 from ctclip.data.cohort import UNREADABLE, CorruptVolumeError, note_unreadable
 from ctclip.data.dataset import Batch, CohortDataset, Sample, collate
 from ctclip.data.manifest import VolumeRecord
@@ -141,18 +140,17 @@ def _collate(samples: Sequence[Sample]) -> tuple[Batch, list[StudyText]]:
     return collate(samples), [read_study(sample.record) for sample in samples]
 
 
-def rows_per_rank(batch_size: int) -> int:
-    """This process's share of the global batch.
+def rows_per_rank(batch_size: int, world_size: int) -> int:
+    """Each process's share of the global batch.
 
     Raises:
         ValueError: If it can't be shared evenly.
     """
-    world = distributed.world_size()
-    rows, left = divmod(batch_size, world)
+    rows, left = divmod(batch_size, world_size)
     if left or rows == 0:
         raise ValueError(
-            f"batch_size {batch_size} can't be shared evenly by {world} processes; set it to a "
-            f"multiple of {world}"
+            f"batch_size {batch_size} can't be shared evenly by {world_size} processes; set it to "
+            f"a multiple of {world_size}"
         )
     return rows
 

@@ -127,6 +127,31 @@ def test_another_config_in_the_same_folder_is_refused(cohort, undisturbed):
     assert "holds a run with another config (seed: 0 there, 5 here)" in run.said()
 
 
+def test_a_cohort_that_is_not_there_leaves_no_run_behind(cohort, tmp_path):
+    run = Run(tmp_path / "misspelt", tmp_path / "run", 1, {})
+
+    assert run.wait() == [1]
+    assert "no prepared cohort in" in run.said()
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_config_that_never_trained_does_not_block_another(cohort, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    settings = (undisturbed / "config.yaml").read_text()
+    (out / "config.yaml").write_text(settings.replace("seed: 0", "seed: 5"))
+
+    assert len(pretrain(cohort, out)) == 6
+    assert (out / "config.yaml").read_text() == settings.replace(str(undisturbed), str(out))
+
+
+def test_a_batch_that_the_processes_can_not_share_is_refused_before_anything_is_loaded(tmp_path):
+    run = Run(tmp_path / "no cohort here", tmp_path / "run", 2, {"batch_size": 3})
+
+    assert run.wait() == [1, 1]
+    assert "batch_size 3 can't be shared evenly by 2 processes" in run.said()
+
+
 def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort, tmp_path):
     out = tmp_path / "run"
     pretrain(
