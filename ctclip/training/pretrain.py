@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -157,7 +158,15 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
     """
     settings = check(config, evaluators)
     optim.start_processes()
-    job = _Job.prepare(config, settings)
+    model = Path(config.out) / "model.safetensors"
+    checkpoint = resume.newest_intact(model.parent / "checkpoints")
+    if checkpoint is not None and _is_finished(config, checkpoint):
+        if distributed.is_main():  # a kill may have come between the last checkpoint and this
+            _link(checkpoint / model.name, model)
+            logger.info("%s is complete, nothing to train", config.out)
+            _say_what_next(config, model)
+        return model
+    job = _Job.prepare(config, settings, checkpoint)
     with (
         resume.explained_disk_errors(job.out),
         Guard(config.guard, job.out, job.progress.skipped) as guard,
@@ -216,7 +225,9 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             if is_last:
                 break
     distributed.barrier()
-    return job.out / "model.safetensors"
+    if distributed.is_main() and not guard.should_stop:
+        _say_what_next(config, model)
+    return model
 
 
 def check(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> dict[str, Any]:
@@ -289,8 +300,10 @@ class _Job:
     """How much of the training reports the tokenizer leaves out."""
 
     @classmethod
-    def prepare(cls, config: PretrainConfig, settings: dict[str, Any]) -> "_Job":
-        """Build model, data and engine, and go on from the newest intact checkpoint."""
+    def prepare(
+        cls, config: PretrainConfig, settings: dict[str, Any], checkpoint: Path | None
+    ) -> "_Job":
+        """Build model, data and engine, and go on from the checkpoint where there is one."""
         out = Path(config.out)
         device = _device()
         cohort = PreparedCohort.open(Path(config.cohort))
@@ -302,7 +315,6 @@ class _Job:
         model, model_config, tokenizer, origin = _model(config, cohort)
         model.to(device)
         _claim(out, config)
-        checkpoint = resume.newest_intact(out / "checkpoints")
         warmup = {}
         if checkpoint is None:
             warmup = warm_up(
@@ -419,7 +431,8 @@ class _Job:
         self.warmup = state["warmup"]
         if self.ema.decay is not None:
             self.ema.weights = load_file(checkpoint / EMA_FILE, device=str(self.device))
-        logger.info("going on from step %d (%s)", self.progress.step, checkpoint)
+        if distributed.is_main():
+            logger.info("going on from step %d (%s)", self.progress.step, checkpoint)
 
     def save(self) -> None:
         """Write a checkpoint, and make its model the run's ``model.safetensors``."""
@@ -504,6 +517,20 @@ class _Job:
             self.save_model(self.out / "best.safetensors")
 
 
+def _is_finished(config: PretrainConfig, checkpoint: Path) -> bool:
+    """Whether a run's newest checkpoint is its last."""
+    progress = Progress(**resume.read_state(checkpoint)["progress"])
+    return progress.step >= config.steps or progress.is_stale(config.checkpoint)
+
+
+def _say_what_next(config: PretrainConfig, model: Path) -> None:
+    paths = (str(model), str(model), config.cohort, str(model.parent / "zero_shot"))
+    logger.info(
+        "model: %s; score it: python eval/zero_shot.py --ckpt %s --cohort %s --out %s",
+        *map(shlex.quote, paths),
+    )
+
+
 def _checkpoint_to_load(
     checkpoint: Path | None, settings: dict[str, Any], out: Path
 ) -> Path | None:
@@ -559,7 +586,7 @@ def _device() -> torch.device:
 
 def _with_reports(records: list[VolumeRecord], config: PretrainConfig) -> list[VolumeRecord]:
     usable = [record for record in records if record.findings or record.impression]
-    if len(usable) < len(records):
+    if len(usable) < len(records) and distributed.is_main():
         logger.warning(
             "%d of %d training volumes have no report and are left out",
             len(records) - len(usable),

@@ -135,11 +135,13 @@ def warm_up(
         optimizer.step()
         schedule.step()
     after = prompt_spread(model, tokenizer, device)
-    logger.info(
-        "text warm-up: prompt-direction spread %.2f -> %.2f (0 = every finding its own direction)",
-        before,
-        after,
-    )
+    if not hidden:
+        logger.info(
+            "text warm-up: prompt-direction spread %.2f -> %.2f "
+            "(0 = every finding its own direction)",
+            before,
+            after,
+        )
     return {"spread_before": before, "spread_after": after}
 
 

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -109,6 +110,44 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(cohort, undist
     expected = weights_of(undisturbed)
     for name, weight in weights_of(out).items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_a_run_speaks_once_and_ends_with_its_model_and_the_next_command(cohort, tmp_path):
+    out = tmp_path / "run"
+    run = Run(cohort, out, 2, {})
+
+    assert run.wait() == [0, 0]
+    model = out / "model.safetensors"
+    last = run.said(0).splitlines()[-1]
+    assert last.endswith(
+        f"model: {model}; score it: python eval/zero_shot.py --ckpt {model} --cohort {cohort} "
+        f"--out {out / 'zero_shot'}"
+    )
+    assert "text warm-up: prompt-direction spread" in run.said(0)
+    assert "INFO" not in run.said(1)
+
+
+def test_a_finished_run_is_complete_at_once(cohort, tmp_path):
+    out = tmp_path / "run"
+    pretrain(cohort, out, 2)
+    weights, metrics = weights_of(out), (out / "metrics.jsonl").read_text()
+    (out / "model.safetensors").unlink()
+    for said in out.glob("said_*.txt"):
+        said.unlink()
+    shutil.move(cohort, tmp_path / "moved")  # what is finished needs no data
+    try:
+        run = Run(cohort, out, 2, {})
+        assert run.wait() == [0, 0]
+    finally:
+        shutil.move(tmp_path / "moved", cohort)
+
+    assert f"{out} is complete, nothing to train" in run.said(0)
+    assert f"model: {out / 'model.safetensors'}; score it" in run.said(0)
+    assert "going on" not in run.said(0)
+    assert "INFO" not in run.said(1)
+    assert (out / "metrics.jsonl").read_text() == metrics
+    for name, weight in weights_of(out).items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_the_model_file_is_complete_and_says_where_it_comes_from(cohort, undisturbed):
