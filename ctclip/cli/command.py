@@ -88,6 +88,27 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return args
 
 
+def add_rescale(parser: argparse.ArgumentParser) -> None:
+    """How a scan is read whose numbers are not HU."""
+    parser.add_argument(
+        "--rescale",
+        type=float,
+        nargs=2,
+        metavar=("SLOPE", "INTERCEPT"),
+        help="how stored numbers become HU, where they are not HU, e.g. 1 -1024",
+    )
+
+
+def add_accept(parser: argparse.ArgumentParser) -> None:
+    """Which reasons to hold a scan back are waved through."""
+    parser.add_argument(
+        "--accept",
+        action="append",
+        metavar="CODE",
+        help="use scans held back for this reason as they are, e.g. not-hu (may be repeated)",
+    )
+
+
 def given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
     """Flags that were given, by the config field they fill."""
     values = {field: getattr(args, flag) for flag, field in names.items()}

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from ctclip.cli.command import command, new_parser, parse
+from ctclip.cli.command import add_accept, add_rescale, command, new_parser, parse
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,7 @@ def prepare(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     parser.add_argument("--strict", action="store_true", help="any ledger entry is an error")
-    parser.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        metavar="CODE",
-        help="use volumes held back for this reason as they are, e.g. not-hu (may be repeated)",
-    )
+    add_accept(parser)
     parser.add_argument(
         "--rescale",
         type=float,
@@ -104,7 +98,7 @@ def prepare(argv: Sequence[str] | None = None) -> None:
         workers=args.workers or os.cpu_count() or 1,
         strict=args.strict,
         problems=problems,
-        accept=args.accept,
+        accept=args.accept or (),
     )
     if tokenizer is not None:
         found = tokenizer.lengths([report_text(r.findings, r.impression) for r in prepared.records])
@@ -128,13 +122,7 @@ def inspect(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(inspect.__doc__)
     parser.add_argument("scan", help="NIfTI, NRRD or MHA file, or a DICOM folder")
     parser.add_argument("--series", help="DICOM SeriesInstanceUID, where a folder holds several")
-    parser.add_argument(
-        "--rescale",
-        type=float,
-        nargs=2,
-        metavar=("SLOPE", "INTERCEPT"),
-        help="how stored numbers become HU, where they are not HU, e.g. 1 -1024",
-    )
+    add_rescale(parser)
     parser.add_argument("--out", help="PNG file; <name>.png in the current folder by default")
     args = parse(parser, argv)
 

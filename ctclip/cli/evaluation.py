@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ctclip.cli.command import command, given, new_parser, parse
+from ctclip.cli.command import add_accept, add_rescale, command, given, new_parser, parse
 
 
 @command
@@ -19,6 +19,8 @@ def zero_shot(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--volume", help="one scan: NIfTI file or DICOM folder")
     parser.add_argument("--split", help="which split of the cohort (test, else valid)")
     parser.add_argument("--manifest", help="labels to use instead of the cohort's own")
+    add_accept(parser)
+    add_rescale(parser)
     parser.add_argument("--out", default="results/zero_shot", help="folder of the results")
     args = parse(parser, argv)
 
@@ -28,7 +30,12 @@ def zero_shot(argv: Sequence[str] | None = None) -> None:
     job.run(
         args.ckpt,
         args.out,
-        config.load(job.ZeroShotConfig, args.config, args.overrides),
+        config.load(
+            job.ZeroShotConfig,
+            args.config,
+            args.overrides,
+            given(args, accept="accept", rescale="rescale"),
+        ),
         cohort=args.cohort,
         split=args.split,
         volume=args.volume,
@@ -124,13 +131,16 @@ def lesion_size(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(lesion_size.__doc__, "lesion_size")
     parser.add_argument("--ckpt", required=True, help="model.safetensors")
     parser.add_argument("--volumes", nargs="+", required=True, help="scans without nodules")
+    add_accept(parser)
+    add_rescale(parser)
     parser.add_argument("--out", default="results/lesion_size", help="folder of the results")
     args = parse(parser, argv)
 
     from ctclip import config
     from ctclip.evaluation import lesion_size as job
 
-    settings = config.load(job.LesionSizeConfig, args.config, args.overrides)
+    values = given(args, accept="accept", rescale="rescale")
+    settings = config.load(job.LesionSizeConfig, args.config, args.overrides, values)
     job.run(args.ckpt, args.volumes, args.out, settings)
 
 

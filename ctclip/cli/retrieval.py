@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ctclip.cli.command import command, given, new_parser, parse
+from ctclip.cli.command import add_accept, add_rescale, command, given, new_parser, parse
 
 
 @command
@@ -41,6 +41,8 @@ def similar(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", help="a study of the archive")
     parser.add_argument("--volume", help="a volume of the archive")
     parser.add_argument("--scan", help="a new scan: NIfTI file or DICOM folder")
+    add_accept(parser)
+    add_rescale(parser)
     parser.add_argument("--text", help="free text")
     parser.add_argument("--k", type=int, help="number of cases")
     parser.add_argument("--cohort", help="prepared cohort, for the picture")
@@ -51,7 +53,7 @@ def similar(argv: Sequence[str] | None = None) -> None:
     from ctclip.retrieval import similar as job
 
     names = ("table", "index", "reports", "study", "volume", "scan", "text", "k", "cohort", "out")
-    values = given(args, **{name: name for name in names})
+    values = given(args, **{name: name for name in (*names, "accept", "rescale")})
     settings = config.load(job.SimilarConfig, args.config, args.overrides, values)
     scorer = None
     if args.ckpt:

@@ -30,7 +30,7 @@ import numpy as np
 import yaml
 
 from ctclip import config as configs
-from ctclip.data import chest, hygiene, storage, volume
+from ctclip.data import checked, hygiene, storage, volume
 from ctclip.data.cohort import CorruptVolumeError, PreparedCohort, write_cohort_manifest
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.problems import Level, ManifestError, Problem, Status, VolumeError
@@ -183,27 +183,28 @@ def prepare_one(
     try:
         if record.path is None:
             raise VolumeError(record.study_id, "no-volume", "the row names no scan")
-        scan = volume.read(
+        found = checked.look(
             record.path,
+            accept=accept,
             rescale=record.rescale,
             spacing_mm=record.spacing_mm,
             series=record.series,
         )
-        notes = [note for note in scan.notes if note.level != "info"]
-        held = [note for note in notes if note.level == "hold" and note.code not in accept]
-        if not held:
-            notes += chest.check(scan).notes
-        for note in notes:
+        scan = found.volume
+        for note in found.notes:
+            if note.level == "info":
+                continue
+            is_held = note in found.held
             problems.append(
                 Problem(
                     str(record.path),
-                    "refused" if note in held else STATUS[note.level],
+                    "refused" if is_held else STATUS[note.level],
                     note.code,
-                    note.text,
+                    f"{note.text}; {note.advice}" if is_held else note.text,
                     record.volume_id,
                 )
             )
-        if not held:
+        if not found.held:
             frame = storage.compress(volume.preprocess(scan, config))
             storage.write_bytes(folder, f"volumes/{record.volume_id}.b2nd", frame)
             outcome |= {
@@ -314,7 +315,7 @@ def _in_words(folder: Path, summary: Mapping[str, Any]) -> list[str]:
         f"{used} of {summary['inputs']} inputs are used ({summary['corrected']} of them with a "
         f"correction or warning), {summary['refused']} refused",
         f"{summary['patients']} patients, {summary['studies']} studies, {used} volumes ({splits}); "
-        + (reports if summary["reports"] else "no reports"),
+        + (reports if summary["reports"] else "no reports, which training needs"),
     ]
     if summary["ledger"]:
         listed = ", ".join(f"{code} x {number}" for code, number in summary["ledger"].items())

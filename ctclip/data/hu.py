@@ -134,19 +134,21 @@ def not_hu(values: np.ndarray) -> list[Note]:
     low, high = float(values.min()), float(values.max())
     if high - low < 20:
         text = f"values from {low:g} to {high:g}: normalised, not HU"
-        return [Note("normalised", text, "hold")]
+        return [_held("normalised", text)]
     if low >= 0 and high <= 255:
         text = f"values from {low:g} to {high:g}: windowed to 8 bits, not HU"
-        return [Note("8-bit", text, "hold")]
+        return [_held("8-bit", text)]
     offset = guess_offset(values)
     if offset is not None:
-        text = (
-            f"values from {low:g} to {high:g}: HU stored with an offset of about {offset}; "
-            f"if so, prepare with --rescale 1 {-offset}"
-        )
-        return [Note("hu-offset", text, "hold")]
+        text = f"values from {low:g} to {high:g}: HU stored with an offset of about {offset}"
+        return [_held("hu-offset", text, f"1 {-offset}")]
     text = f"values from {low:g} to {high:g} hold no air below -500: not HU, or no lung and no air"
-    return [Note("not-hu", text, "hold")]
+    return [_held("not-hu", text)]
+
+
+def _held(code: str, text: str, rescale: str = "SLOPE INTERCEPT") -> Note:
+    advice = f"read it with --rescale {rescale}, or take it as it is with --accept {code}"
+    return Note(code, text, "hold", advice)
 
 
 def guess_offset(values: np.ndarray) -> int | None:

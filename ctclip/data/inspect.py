@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.data import dicom
-from ctclip.data.chest import ChestCheck, check
+from ctclip.data import checked, dicom
+from ctclip.data.chest import ChestCheck
 from ctclip.data.problems import Note, VolumeError
-from ctclip.data.volume import Volume, read
+from ctclip.data.volume import Volume
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,12 +90,11 @@ def inspect(
     try:
         if path.is_dir():
             result.series = [one.describe() for one in dicom.find_series(path)]
-        result.volume = read(path, series=series, rescale=rescale)
+        found = checked.look(path, series=series, rescale=rescale)
     except VolumeError as error:
         result.error = error
         return result
-    if all(note.level != "hold" for note in result.volume.notes):
-        result.chest = check(result.volume)
+    result.volume, result.chest = found.volume, found.chest
     return result
 
 
@@ -118,8 +117,8 @@ def render(result: InspectResult) -> "RenderableType":
     if result.error is not None:
         verdict = Text(f"refused: {result.error.detail} [{result.error.code}]", style="bold red")
     elif not result.is_usable:
-        text = "held back: say how to read it (--rescale), or take it as it is (--accept CODE)"
-        verdict = Text(text, style="bold red")
+        advice = "; ".join(note.advice for note in result.notes if note.level == "hold")
+        verdict = Text(f"held back: {advice}", style="bold red")
     elif any(note.level == "warn" for note in result.notes):
         verdict = Text("usable, with warnings", style="yellow")
     else:

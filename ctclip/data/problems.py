@@ -14,6 +14,9 @@ from typing import Literal
 Level = Literal["info", "note", "warn", "hold"]
 Status = Literal["refused", "corrected", "warned", "noted"]
 
+COPY_AGAIN = "download or copy it again"
+"""What to do about a file that ends early or fails its checksum."""
+
 
 @dataclass(frozen=True)
 class Note:
@@ -26,6 +29,8 @@ class Note:
     """What was found and what was done about it, in one sentence."""
 
     level: Level = "info"
+    advice: str = ""
+    """Of a ``hold``: what the user can say to have the scan used."""
 
 
 class VolumeError(ValueError):

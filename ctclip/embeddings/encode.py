@@ -44,7 +44,12 @@ def embed_texts(
 
 
 def embed_file(
-    checkpoint: "Checkpoint", path: str | Path, *, device: str = "cpu"
+    checkpoint: "Checkpoint",
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    accept: Iterable[str] = (),
+    rescale: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embed one scan that was never prepared.
 
@@ -52,13 +57,19 @@ def embed_file(
         checkpoint: The model with its preprocessing.
         path: NIfTI file or DICOM folder.
         device: For example ``"cuda:0"``.
+        accept: Codes of reasons to hold a scan back, such as ``"8-bit"``, that are accepted.
+        rescale: Slope and intercept, applied only if the file does not hold HU.
 
     Returns:
         Two ``(E,)`` float32 vectors: to compare with prompts, and with whole reports.
-    """
-    from ctclip.data import volume
 
-    hu = volume.preprocess(volume.read(Path(path)), checkpoint.volume_config)
+    Raises:
+        VolumeError: If the scan can't be read, or its values are not HU and nobody accepted it.
+    """
+    from ctclip.data import checked, volume
+
+    scan = checked.read(path, accept=accept, rescale=rescale)
+    hu = volume.preprocess(scan, checkpoint.volume_config)
     return embed_voxels(checkpoint, hu, device=device)
 
 

@@ -51,7 +51,10 @@ class LesionSizeConfig:
     """Places per scan, diameter and kind; the same places for every diameter."""
 
     prompts: str | None = None
-    """As in the zero-shot command."""
+    """As in the zero-shot command; so are accept and rescale."""
+
+    accept: tuple[str, ...] = ()
+    rescale: tuple[float, float] | None = None
     replicates: int = 2000
     seed: int = 0
     device: str = "cpu"
@@ -135,10 +138,11 @@ def plant_scan(
     Raises:
         ValueError: If the scan can't be read, holds no lungs, or no free place in them.
     """
+    from ctclip.data import checked
     from ctclip.data import volume as volumes
     from ctclip.phantom.planting import plant_nodule, scene_of_scan
 
-    scan = volumes.read(path)
+    scan = checked.read(path, accept=config.accept, rescale=config.rescale)
     scene = scene_of_scan(scan.hu, scan.spacing_mm, config.seed)
     without = scorer(volumes.preprocess(scan, checkpoint.volume_config))
     rng = np.random.default_rng([config.seed, len(path.name)])

@@ -7,6 +7,7 @@
 (512,)
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,23 +43,46 @@ class Scanner:
         """``(18, 2, E)`` L2-normalised: each finding's present and absent prompt."""
         return self._vectors
 
-    def embed(self, path: str | Path) -> np.ndarray:
+    def embed(
+        self,
+        path: str | Path,
+        *,
+        accept: Iterable[str] = (),
+        rescale: tuple[float, float] | None = None,
+    ) -> np.ndarray:
         """Embed a scan (NIfTI file or DICOM folder): ``(E,)`` float32, L2-normalised.
 
+        What is odd about the scan, such as that it shows no chest, is logged as a warning.
+
+        Args:
+            path: The scan.
+            accept: Codes of reasons to hold a scan back, such as ``"8-bit"``, that are accepted.
+            rescale: Slope and intercept, applied only if the file does not hold HU.
+
         Raises:
-            VolumeError: If the file is no usable chest CT; the message says why.
+            VolumeError: If the file is no CT that can be read, or its values are not HU; the
+                message says why, and ``code`` is what ``accept`` takes.
         """
         from ctclip.embeddings import embed_file
 
-        return embed_file(self.checkpoint, path, device=self.device)[0]
+        return embed_file(
+            self.checkpoint, path, device=self.device, accept=accept, rescale=rescale
+        )[0]
 
-    def score(self, path: str | Path) -> dict[str, float]:
+    def score(
+        self,
+        path: str | Path,
+        *,
+        accept: Iterable[str] = (),
+        rescale: tuple[float, float] | None = None,
+    ) -> dict[str, float]:
         """Probability of each finding on a scan, in the order of ``ctclip.findings.FINDINGS``.
 
         The probabilities rank scans; they are calibrated only after fitting on data of your
-        own (see ``ctclip.evaluation.calibration``).
+        own (see ``ctclip.evaluation.calibration``). Arguments and errors are those of
+        :meth:`embed`.
         """
-        return self.score_vectors(self.embed(path)[None])[0]
+        return self.score_vectors(self.embed(path, accept=accept, rescale=rescale)[None])[0]
 
     def score_vectors(self, vectors: np.ndarray) -> list[dict[str, float]]:
         """Score embeddings ``(N, E)`` made by :meth:`embed`."""

@@ -39,6 +39,12 @@ class ZeroShotConfig:
     replicates: int = 1000
     """Bootstrap replicates behind each interval."""
 
+    accept: tuple[str, ...] = ()
+    """Reasons to hold one scan back, such as "8-bit", that are accepted; not for a cohort."""
+
+    rescale: tuple[float, float] | None = None
+    """Slope and intercept for one scan, applied only if it does not hold HU; not for a cohort."""
+
     seed: int = 0
     batch_size: int = 4
     workers: int = 0

@@ -35,13 +35,19 @@ SUBGROUP_FIELDS = ("sex", "age", "hospital", "manufacturer", "kernel", "slice_th
 def score_volume(
     checkpoint: "Checkpoint", path: str | Path, config: ZeroShotConfig | None = None
 ) -> dict[str, float]:
-    """Score one scan file: finding to probability, in the order of ``FINDINGS``."""
+    """Score one scan file: finding to probability, in the order of ``FINDINGS``.
+
+    Raises:
+        VolumeError: If the scan can't be read, or its values are not HU and nobody accepted it.
+    """
     from ctclip.embeddings import embed_file
 
     config = config or ZeroShotConfig()
     if config.patches or config.window or config.space != "raw":
         raise ValueError("patches, window and space need a prepared cohort: --cohort")
-    vector, _ = embed_file(checkpoint, path, device=config.device)
+    vector, _ = embed_file(
+        checkpoint, path, device=config.device, accept=config.accept, rescale=config.rescale
+    )
     prompt_vectors = prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts))
     scale = scale_of(checkpoint)
     row = scores(vector[None], prompt_vectors, scale, config.score)[0]
@@ -76,12 +82,15 @@ def run(
 
     Raises:
         ValueError: If neither or both of ``cohort`` and ``volume`` are given.
+        VolumeError: If the volume can't be used; the message says why and what to do.
     """
     if (cohort is None) == (volume is None):
         raise ValueError("give either --cohort <prepared folder> or --volume <scan>")
+    config = config or ZeroShotConfig()
+    if cohort is not None and (config.accept or config.rescale):
+        raise ValueError("accept and rescale are for one scan (--volume); a cohort was prepared")
     from ctclip import checkpoint as checkpoints
 
-    config = config or ZeroShotConfig()
     checkpoint = checkpoints.load(ckpt, device=config.device)
     name = Path(ckpt).stem
     folder = Path(out)

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 20
 MAX_RATIO = 100
 """Compression that no image data reaches; DICOM stays below 10."""
 
-PRELOAD = ["ctclip.data.volume"]
+PRELOAD = ["ctclip.data.checked"]
 """Imported once by the server that reading processes are forked from: it takes seconds."""
 
 
@@ -167,21 +167,23 @@ def _read_in_child(source: Path, out: Path, config: "VolumeConfig", limits: Limi
         child.kill()
         child.join()
         raise UploadError("too-slow", f"reading the scan took more than {limits.read_s:g} s")
-    if reason.is_file():
-        refusal = json.loads(reason.read_text(encoding="utf-8"))
-        raise UploadError(refusal["code"], refusal["detail"])
+    said = json.loads(reason.read_text(encoding="utf-8")) if reason.is_file() else {}
+    if "code" in said:
+        raise UploadError(said["code"], said["detail"])
     if child.exitcode != 0 or not out.is_file():
         logger.warning("the reader of an upload ended with status %s", child.exitcode)
         raise UploadError("unreadable", "the scan could not be decoded; the file may be damaged")
+    if said.get("warnings"):
+        logger.warning("an upload is used with warnings: %s", ", ".join(said["warnings"]))
     voxels: np.ndarray = np.load(out, allow_pickle=False)
     return voxels
 
 
 def _read(source: Path, out: Path, reason: Path, config: "VolumeConfig", memory_mib: int) -> None:
-    """In the child: leave voxels in ``out``, or say why not in ``reason``."""
+    """In the child: leave voxels in ``out``, and in ``reason`` why not, or what is odd."""
     import psutil
 
-    from ctclip.data import volume
+    from ctclip.data import checked, volume
 
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -189,17 +191,21 @@ def _read(source: Path, out: Path, reason: Path, config: "VolumeConfig", memory_
     ceiling = psutil.Process().memory_info().vms + (memory_mib << 20)
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    said: dict[str, Any]
     try:
-        hu = volume.preprocess(volume.read(source), config)
+        found = checked.look(source)
+        if found.held:
+            detail = f"{found.held[0].text}; the page reads scans in HU only"
+            said = {"code": found.held[0].code, "detail": detail}
+        else:
+            said = {"warnings": [note.code for note in found.warnings]}
+            np.save(out, volume.preprocess(found.volume, config))
     except volume.VolumeError as error:
         detail = error.detail.replace(str(source), "").replace(str(source.parent), "")
-        refusal = {"code": error.code, "detail": detail}
+        said = {"code": error.code, "detail": detail}
     except MemoryError:
-        refusal = {"code": "too-large", "detail": "the scan needs more memory than is allowed"}
-    else:
-        np.save(out, hu)
-        return
-    reason.write_text(json.dumps(refusal), encoding="utf-8")
+        said = {"code": "too-large", "detail": "the scan needs more memory than is allowed"}
+    reason.write_text(json.dumps(said), encoding="utf-8")
 
 
 def _plain(error: Exception) -> str:

@@ -60,6 +60,12 @@ class SimilarConfig:
     scan: Path | None = None
     """A NIfTI file or DICOM folder that the archive has never seen."""
 
+    accept: tuple[str, ...] = ()
+    """Reasons to hold that scan back, such as "8-bit", that are accepted."""
+
+    rescale: tuple[float, float] | None = None
+    """Slope and intercept for that scan, applied only if it does not hold HU."""
+
     text: str | None = None
     more: tuple[str, ...] = ()
     """Studies of the archive to be like."""
@@ -174,7 +180,13 @@ def _ask(
     text = None
     if scorer is not None and config.scan:
         space = space_of(scorer.checkpoint)
-        prompt, vector = embed_file(scorer.checkpoint, config.scan, device=config.device)
+        prompt, vector = embed_file(
+            scorer.checkpoint,
+            config.scan,
+            device=config.device,
+            accept=config.accept,
+            rescale=config.rescale,
+        )
         like.append(Query(vector=archive.project(vector, space), name=config.scan.name))
         found = scorer.score_vectors(prompt[None])[0]
         scores = np.array([found[finding] for finding in FINDINGS], dtype=np.float32)
@@ -235,7 +247,8 @@ def _query_panel(
     hu = None
     study = config.study or (config.more[0] if config.more else None)
     if config.scan:
-        hu = volume.preprocess(volume.read(config.scan), cohort.volume_config)
+        scan = volume.read(config.scan, rescale=config.rescale)  # embedded, so it was checked
+        hu = volume.preprocess(scan, cohort.volume_config)
     elif config.volume:
         hu = cohort.read(config.volume)
     elif study:

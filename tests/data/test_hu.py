@@ -37,7 +37,7 @@ def test_numbers_that_are_not_hu_are_held_back(make, code):
 
 
 def test_the_offset_is_named_so_that_the_user_can_confirm_it():
-    assert "--rescale 1 -8192" in hu.check_values("scan", chest_hu() + 8192)[0].text
+    assert "--rescale 1 -8192" in hu.check_values("scan", chest_hu() + 8192)[0].advice
 
 
 @pytest.mark.parametrize(
