@@ -18,6 +18,7 @@ import numpy as np
 from ctclip.data.geometry import MIN_SLICES
 from ctclip.data.nifti import StoredVolume
 from ctclip.data.problems import Level, Note, VolumeError
+from ctclip.data.report import ABSENT
 from ctclip.progress import track
 
 SPACING_TOLERANCE = 0.05
@@ -352,7 +353,8 @@ def _meta(header: Any) -> dict[str, str]:
         "kernel": kernel,
         "description": header.get("SeriesDescription"),
     }
-    return {key: str(value) for key, value in values.items() if value}
+    texts = {key: str(value or "").strip() for key, value in values.items()}
+    return {key: text for key, text in texts.items() if text.lower() not in ABSENT}
 
 
 def _choose(path: Path, found: Sequence[Series], wanted: str | None) -> Series:

@@ -6,6 +6,7 @@ from PIL import Image
 from rich.console import Console
 from scans import chest_hu, save
 
+from ctclip.data.dicom import find_series
 from ctclip.data.inspect import inspect, render, save_picture
 
 
@@ -53,6 +54,18 @@ def test_how_the_scan_is_stored_is_on_the_screen(tmp_path):
 def test_a_dicom_folder_lists_its_series(tmp_path):
     write_series(tmp_path, chest_hu((24, 24, 32)), series="1.7")
     assert "1.7 (24 slices)" in screen(inspect(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["None", "", " n/a "])
+def test_a_header_that_spells_out_none_says_nothing(tmp_path, text):
+    def anonymised(_, dataset):
+        dataset.SeriesDescription = dataset.ManufacturerModelName = text
+        dataset.Manufacturer = "Siemens"
+
+    write_series(tmp_path, chest_hu((24, 24, 32)), series="1.7", edit=anonymised)
+    assert "1.7 (24 slices)" in screen(inspect(tmp_path))
+    (one,) = find_series(tmp_path)
+    assert one.slices[0].meta == {"manufacturer": "Siemens"}
 
 
 def test_the_picture_shows_head_up_and_the_patients_left_on_the_right(tmp_path):
