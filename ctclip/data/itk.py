@@ -13,7 +13,7 @@ import numpy as np
 
 from ctclip.data.geometry import handedness
 from ctclip.data.nifti import BOMB_BYTES, MAX_INFLATION, MAX_VOXELS, StoredVolume
-from ctclip.data.problems import Note, VolumeError
+from ctclip.data.problems import COPY_AGAIN, Note, VolumeError
 
 SUFFIXES = (".nrrd", ".mha")
 
@@ -47,7 +47,8 @@ def read(path: Path, *, max_voxels: int = MAX_VOXELS) -> StoredVolume:
     try:
         image = reader.Execute()
     except (RuntimeError, MemoryError):
-        raise VolumeError(path, "truncated", "the voxels can't be read; damaged?") from None
+        detail = f"the voxels can't be read; damaged? {COPY_AGAIN}"
+        raise VolumeError(path, "truncated", detail) from None
     directions = np.array(image.GetDirection()).reshape(3, 3)
     lps = np.eye(4)
     lps[:3, :3] = directions * np.array(image.GetSpacing())
@@ -100,7 +101,8 @@ def _check_payload(path: Path, num_voxels: int, itemsize: int) -> None:
         raise VolumeError(path, "inflation", f"would inflate {expected / max(1, on_disk):.0f}-fold")
     found = _inflated_size(path, offset, expected) if packed else on_disk
     if found < expected:
-        raise VolumeError(path, "truncated", f"voxels: expected {expected} bytes, got {found}")
+        detail = f"voxels: expected {expected} bytes, got {found}; {COPY_AGAIN}"
+        raise VolumeError(path, "truncated", detail)
 
 
 def _inflated_size(path: Path, offset: int, limit: int) -> int:
@@ -112,5 +114,6 @@ def _inflated_size(path: Path, offset: int, limit: int) -> int:
             while total < limit and (piece := stream.read(2**20)):
                 total += len(inflater.decompress(piece))
         except (zlib.error, gzip.BadGzipFile) as error:
-            raise VolumeError(path, "corrupt-gzip", f"damaged stream: {error}") from None
+            detail = f"damaged stream: {error}; {COPY_AGAIN}"
+            raise VolumeError(path, "corrupt-gzip", detail) from None
     return total

@@ -16,7 +16,7 @@ from isal import igzip, isal_zlib  # twice as fast as the standard library, same
 from nibabel.spatialimages import HeaderDataError
 
 from ctclip.data.geometry import handedness
-from ctclip.data.problems import Note, VolumeError
+from ctclip.data.problems import COPY_AGAIN, Note, VolumeError
 
 MAX_VOXELS = 2**31
 """Refused above; CT-RATE's largest volume (1024 x 1024 x 1617) has 1.7e9 voxels."""
@@ -100,7 +100,7 @@ def _open(path: Path, raw: BinaryIO, notes: list[Note]) -> tuple[BinaryIO, Binar
     head = raw.read(64)
     raw.seek(0)
     if not head:
-        raise VolumeError(path, "empty-file", "the file has 0 bytes")
+        raise VolumeError(path, "empty-file", f"the file has 0 bytes; {COPY_AGAIN}")
     if head.startswith(b"\x1f\x8b"):
         if path.suffix != ".gz":
             notes.append(Note("wrong-name", "gzip data in a file not named .gz; read it", "warn"))
@@ -111,7 +111,7 @@ def _open(path: Path, raw: BinaryIO, notes: list[Note]) -> tuple[BinaryIO, Binar
     if head.startswith(b"PK\x03\x04"):
         raise VolumeError(path, "zip", "a ZIP archive; unpack it first")
     if head.lstrip()[:1] == b"<":
-        raise VolumeError(path, "html", "looks like an HTML page; the download failed")
+        raise VolumeError(path, "html", "looks like an HTML page; the download failed, do it again")
     if path.suffix == ".gz":
         if int.from_bytes(head[:4], "little") not in (348, 540) and (
             int.from_bytes(head[:4], "big") not in (348, 540)
@@ -133,10 +133,13 @@ def _read_exactly(path: Path, stream: BinaryIO, num_bytes: int, what: str) -> by
     try:
         data = stream.read(num_bytes)
     except DAMAGED as error:
-        raise VolumeError(path, "corrupt-gzip", f"damaged gzip stream: {error}") from None
+        detail = f"damaged gzip stream: {error}; {COPY_AGAIN}"
+        raise VolumeError(path, "corrupt-gzip", detail) from None
     if len(data) < num_bytes:
         raise VolumeError(
-            path, "truncated", f"{what}: expected {num_bytes} bytes, the file holds {len(data)}"
+            path,
+            "truncated",
+            f"{what}: expected {num_bytes} bytes, the file holds {len(data)}; {COPY_AGAIN}",
         )
     return data
 
@@ -283,7 +286,8 @@ def _voxels(
         raise VolumeError(
             path,
             "truncated",
-            f"voxels: expected {num_bytes} bytes for {shape} {dtype}, the file holds {position}",
+            f"voxels: expected {num_bytes} bytes for {shape} {dtype}, the file holds {position}; "
+            f"{COPY_AGAIN}",
         )
     voxels = buffer.view(dtype).reshape(shape, order="F")
     return voxels if dtype.isnative else voxels.astype(dtype.newbyteorder("="), order="F")
@@ -298,7 +302,8 @@ def _fill(path: Path, stream: BinaryIO, view: memoryview) -> int:
         ):
             position += num
     except DAMAGED as error:
-        raise VolumeError(path, "corrupt-gzip", f"damaged gzip stream: {error}") from None
+        detail = f"damaged gzip stream: {error}; {COPY_AGAIN}"
+        raise VolumeError(path, "corrupt-gzip", detail) from None
     return position
 
 

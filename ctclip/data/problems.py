@@ -14,7 +14,7 @@ from typing import Literal
 Level = Literal["info", "note", "warn", "hold"]
 Status = Literal["refused", "corrected", "warned", "noted"]
 
-COPY_AGAIN = "download or copy it again"
+COPY_AGAIN = "download or copy the file again"
 """What to do about a file that ends early or fails its checksum."""
 
 

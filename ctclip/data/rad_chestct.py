@@ -18,7 +18,7 @@ import yaml
 
 from ctclip.data.manifest import Split, VolumeRecord, volume_stem
 from ctclip.data.nifti import BOMB_BYTES, CHUNK, MAX_INFLATION, MAX_VOXELS, StoredVolume
-from ctclip.data.problems import ManifestError, Note, Problem, VolumeError
+from ctclip.data.problems import COPY_AGAIN, ManifestError, Note, Problem, VolumeError
 from ctclip.data.table import Row, Table, raise_all, read_table
 
 Variant = Literal["located", "16", "15"]
@@ -61,9 +61,11 @@ def read(path: Path, *, max_voxels: int = MAX_VOXELS) -> StoredVolume:
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
         if isinstance(error, VolumeError):
             raise
-        raise VolumeError(path, "corrupt-npz", f"damaged .npz file: {error}") from None
+        detail = f"damaged .npz file: {error}; {COPY_AGAIN}"
+        raise VolumeError(path, "corrupt-npz", detail) from None
     if filled < len(data):
-        raise VolumeError(path, "truncated", f"voxels: expected {len(data)} bytes, got {filled}")
+        detail = f"voxels: expected {len(data)} bytes, got {filled}; {COPY_AGAIN}"
+        raise VolumeError(path, "truncated", detail)
     voxels = data.view(dtype).reshape(shape, order="F" if fortran else "C")
     affine = np.array(
         [

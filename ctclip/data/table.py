@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctclip.data.problems import ManifestError, Problem
+from ctclip.data.problems import COPY_AGAIN, ManifestError, Problem
 
 MAX_SHOWN = 10
 """Errors listed in one message; the rest are counted."""
@@ -85,7 +85,7 @@ def read_table(path: Path) -> Table:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError) as error:
-            raise ManifestError(f"{path}: damaged gzip file: {error}") from None
+            raise ManifestError(f"{path}: damaged gzip file: {error}; {COPY_AGAIN}") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

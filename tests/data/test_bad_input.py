@@ -44,6 +44,8 @@ def test_each_made_defect_gets_its_reaction_and_reason(tmp_path, name):
             volume.read(path)
         assert error.value.code == code
         assert str(path) in str(error.value)
+        if code in ("truncated", "corrupt-gzip", "empty-file"):
+            assert "again" in error.value.detail
         return
     scan = volume.read(path)
     assert [note.code for note in scan.warnings()] == ([code] if code else [])
