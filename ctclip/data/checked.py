@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ctclip.data import chest
 from ctclip.data.problems import Note, VolumeError
+from ctclip.data.table import ClaimedSpacing
 from ctclip.data.volume import Volume
 from ctclip.data.volume import read as read_volume
 
@@ -44,7 +45,7 @@ def look(
     *,
     accept: Iterable[str] = (),
     rescale: tuple[float, float] | None = None,
-    spacing_mm: tuple[float, float, float] | None = None,
+    spacing_mm: ClaimedSpacing | None = None,
     series: str | None = None,
 ) -> Checked:
     """Read a scan and judge it; whether it is used is the caller's decision.
@@ -55,7 +56,7 @@ def look(
         accept: Codes of notes that hold a scan back ("8-bit", "hu-offset", …) and that the user
             accepts.
         rescale: Slope and intercept, applied only if the file does not hold HU.
-        spacing_mm: Spacing (D, H, W) that a table claims.
+        spacing_mm: Spacing (D, H, W) that a table claims, None where it doesn't say.
         series: SeriesInstanceUID to take from a DICOM folder.
 
     Raises:

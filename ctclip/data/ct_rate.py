@@ -22,7 +22,7 @@ from ctclip.data.manifest import (
     volume_stem,
 )
 from ctclip.data.problems import ManifestError, Problem
-from ctclip.data.table import Row, Table, raise_all, read_table
+from ctclip.data.table import ClaimedSpacing, Row, Table, raise_all, read_table
 from ctclip.findings import FINDINGS
 
 NAME = re.compile(r"(?P<study>(?P<patient>(?P<split>train|valid|test)_\d+)_[a-z]+)_\d+")
@@ -56,8 +56,8 @@ class Metadata:
     """One row of the metadata table."""
 
     rescale: tuple[float, float] | None = None
-    spacing_mm: tuple[float, float, float] | None = None
-    """(D, H, W)."""
+    spacing_mm: ClaimedSpacing | None = None
+    """(D, H, W), None where the table doesn't say."""
 
     meta: dict[str, str] = field(default_factory=dict)
 
@@ -89,7 +89,7 @@ def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
             _join(reports, read_reports(path, problems, table), path, problems)
         elif set(FINDINGS) & set(table.columns):
             _join(labels, read_labels(path, problems, table), path, problems)
-        elif "RescaleIntercept" in table.columns or "ZSpacing" in table.columns:
+        elif {"RescaleIntercept", "ZSpacing", "XYSpacing"} & set(table.columns):
             _join(metadata, read_metadata(path, problems, table), path, problems)
     if not volumes or not reports:
         raise ManifestError(
@@ -334,7 +334,7 @@ def _in_plane(cell: str) -> tuple[float, float] | tuple[None, None]:
     return float(match[1]), float(match[2])
 
 
-def _spacing(row: Row) -> tuple[float, float, float] | None:
+def _spacing(row: Row) -> ClaimedSpacing | None:
     in_plane = row.get("XYSpacing")
     try:
         depth = _number(row.get("ZSpacing"))
@@ -346,6 +346,6 @@ def _spacing(row: Row) -> tuple[float, float, float] | None:
         ) from None
     if any(value is not None and value <= 0 for value in (depth, first, second)):
         raise ValueError("a spacing of 0 or less")
-    if depth is None or first is None or second is None:
+    if depth is None and first is None:
         return None
     return depth, second, first

@@ -16,6 +16,7 @@ from nibabel.orientations import (
 )
 
 from ctclip.data.problems import Note, VolumeError
+from ctclip.data.table import ClaimedSpacing
 
 HOUSE_AXES = ("S", "P", "L")
 """D runs towards superior, H towards posterior, W towards the patient's left."""
@@ -171,13 +172,15 @@ def unshear(
     return straight, straightened, [Note("tilt", text, "warn")]
 
 
-def compare_spacing(
-    found_mm: tuple[float, float, float], claimed_mm: tuple[float, float, float]
-) -> list[Note]:
+def compare_spacing(found_mm: tuple[float, float, float], claimed_mm: ClaimedSpacing) -> list[Note]:
     """Note where a table's spacing is more than 1 % off the file's; the file is believed."""
-    worst = max(abs(f - c) / f for f, c in zip(found_mm, claimed_mm, strict=True))
+    pairs = zip(found_mm, claimed_mm, strict=True)
+    worst = max((abs(f - c) / f for f, c in pairs if c is not None), default=0.0)
     if not worst > 0.01:
         return []
-    shown = [" x ".join(f"{step:.4g}" for step in steps) for steps in (found_mm, claimed_mm)]
+    shown = [
+        " x ".join("?" if step is None else f"{step:.4g}" for step in steps)
+        for steps in (found_mm, claimed_mm)
+    ]
     text = f"the file says {shown[0]} mm (D x H x W), the table {shown[1]} mm; used the file's"
     return [Note("spacing-conflict", text, "warn")]

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from ctclip.data import report
 from ctclip.data.problems import ManifestError, Problem
-from ctclip.data.table import Row, Table, raise_all, read_table
+from ctclip.data.table import ClaimedSpacing, Row, Table, raise_all, read_table
 from ctclip.findings import FINDINGS
 
 Split = Literal["train", "valid", "test"]
@@ -70,7 +70,7 @@ class VolumeRecord:
     rescale: tuple[float, float] | None = None
     """Slope and intercept of a table, applied only if the file does not hold HU."""
 
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: ClaimedSpacing | None = None
     """Spacing (D, H, W) of a table, compared with the file's."""
 
     series: str | None = None

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from ctclip.data.problems import COPY_AGAIN, ManifestError, Problem
 
+ClaimedSpacing = tuple[float | None, float | None, float | None]
+"""Spacing (D, H, W) in mm as a table gives it, None where it doesn't say."""
+
 MAX_SHOWN = 10
 """Errors listed in one message; the rest are counted."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from ctclip.data import ct_clip, dicom, geometry, hu, itk, nifti, rad_chestct
 from ctclip.data.problems import Note, VolumeError
 from ctclip.data.resample import resample, resampled_affine
+from ctclip.data.table import ClaimedSpacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ def read(
     path: str | Path,
     *,
     rescale: tuple[float, float] | None = None,
-    spacing_mm: tuple[float, float, float] | None = None,
+    spacing_mm: ClaimedSpacing | None = None,
     series: str | None = None,
     max_voxels: int = nifti.MAX_VOXELS,
 ) -> Volume:
@@ -115,8 +116,8 @@ def read(
         path: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.mha``, RAD-ChestCT ``.npz``, or a folder of
             DICOM files.
         rescale: Slope and intercept from a table; applied only if the file does not hold HU.
-        spacing_mm: Spacing (D, H, W) that a table claims; a difference beyond 1 % is noted, the
-            file's own spacing is used.
+        spacing_mm: Spacing (D, H, W) that a table claims, None where it doesn't say; a difference
+            beyond 1 % is noted, the file's own spacing is used.
         series: SeriesInstanceUID to take from a DICOM folder; by default chosen by rule.
         max_voxels: Refuse anything larger before memory is taken.
 

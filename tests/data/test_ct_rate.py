@@ -117,6 +117,35 @@ def test_the_tables_spacing_is_checked_against_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("columns", "cells", "conflict"),
+    [
+        (["XYSpacing"], ["[5.0, 6.0]"], None),
+        (["XYSpacing"], ["[5.0, 7.0]"], "8 x 6 x 5 mm (D x H x W), the table ? x 7 x 5 mm"),
+        (["XYSpacing", "ZSpacing"], ["[5.0, 7.0]", ""], "the table ? x 7 x 5 mm"),
+        (["ZSpacing"], [8.0], None),
+        (["ZSpacing"], [10.0], "the table 10 x ? x ? mm"),
+    ],
+)
+def test_half_a_spacing_is_compared_as_far_as_it_goes(tmp_path, columns, cells, conflict):
+    release(tmp_path)
+    write_csv(
+        tmp_path / "dataset/metadata.csv",
+        ["VolumeName", *columns],
+        [[f"{n}.nii.gz", *cells] for n in NAMES],
+    )
+    records, problems = read_ct_rate(tmp_path)
+    assert not [p for p in problems if p.code == "no-metadata"]
+    prepared = prepare(records, tmp_path / "out", SMALL)
+    ledger = (prepared.path / "ledger.csv").read_text()
+    assert ledger.count("spacing-conflict") == (4 if conflict else 0)
+    assert (conflict or "") in ledger
+    done = sorted((prepared.path / "done").iterdir())
+    stamps = [file.stat().st_mtime_ns for file in done]
+    prepare(records, tmp_path / "out", SMALL)
+    assert [file.stat().st_mtime_ns for file in done] == stamps
+
+
+@pytest.mark.parametrize(
     ("cells", "message"),
     [
         ([1, -1024, "[0.7, 0.7", 1.5], "XYSpacing"),
@@ -146,7 +175,8 @@ def test_missing_metadata_cells_mean_not_known(tmp_path):
         [["train_1_a_1.nii.gz", 1, 0, "[5.0, 6.0]", "nan"], ["train_1_a_2.nii.gz", "", "", "", ""]],
     )
     records, problems = read_ct_rate(tmp_path)
-    assert records[0].spacing_mm is None
+    assert records[0].spacing_mm == (None, 6.0, 5.0)
+    assert records[1].spacing_mm is None
     assert [p.volume_id for p in problems if p.code == "no-metadata"] == ["train_1_a_2"]
 
 
