@@ -21,23 +21,33 @@ def check_patients(records: Sequence[VolumeRecord]) -> None:
     Raises:
         ManifestError: If a patient is in two splits or a study belongs to two patients.
     """
-    splits: dict[str, set[str]] = defaultdict(set)
-    patients: dict[str, set[str]] = defaultdict(set)
+    splits: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    patients: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        splits[record.patient_id].add(record.split)
-        patients[record.study_id].add(record.patient_id)
+        where = record.row or f"volume {record.volume_id}"
+        splits[record.patient_id][record.split].append(where)
+        patients[record.study_id][record.patient_id].append(where)
     leaks = sorted(patient for patient, names in splits.items() if len(names) > 1)
     if leaks:
         raise ManifestError(
             f"{len(leaks)} patient(s) are in more than one split, for example {leaks[0]!r} in "
-            f"{', '.join(sorted(splits[leaks[0]]))}; put all scans of a patient into one split"
+            f"{_places(splits[leaks[0]])}; put all scans of a patient into one split"
         )
     shared = sorted(study for study, names in patients.items() if len(names) > 1)
     if shared:
         raise ManifestError(
-            f"study {shared[0]!r} belongs to patients {', '.join(sorted(patients[shared[0]]))}; "
+            f"study {shared[0]!r} belongs to patients {_places(patients[shared[0]])}; "
             f"study ids must be unique ({len(shared)} such)"
         )
+
+
+def _places(rows_of: Mapping[str, Sequence[str]]) -> str:
+    """``test (m.csv:7), train (m.csv:2, m.csv:3, …)``: where a reader finds each."""
+    shown = []
+    for name, rows in sorted(rows_of.items()):
+        more = ", …" if len(rows) > 3 else ""
+        shown.append(f"{name} ({', '.join(rows[:3])}{more})")
+    return ", ".join(shown)
 
 
 def content_hash(hu: np.ndarray) -> str:

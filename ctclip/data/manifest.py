@@ -76,6 +76,9 @@ class VolumeRecord:
     series: str | None = None
     """SeriesInstanceUID, where the path is a DICOM folder with several."""
 
+    row: str = field(default="", compare=False)
+    """The table's row that it comes from (``labels.csv:418``), for messages."""
+
     def label_row(self) -> list[float]:
         """The 18 labels in CT-RATE's order, nan where not known."""
         return [self.labels.get(name, math.nan) for name in FINDINGS]
@@ -245,6 +248,7 @@ def _record(
         rescale=rescale,
         spacing_mm=spacing_mm,
         series=row.get("series") or None,
+        row=f"{table.path}:{row.line}",
     )
 
 

@@ -182,9 +182,30 @@ def test_a_crop_of_a_damaged_file_is_noticed_where_it_touches_the_damage(tmp_pat
 
 def test_a_patient_in_two_splits_is_an_error(tmp_path):
     records, _ = read_manifest(cohort(tmp_path))
-    leaking = [*records[:3], replace(records[3], patient_id="p0")]
-    with pytest.raises(ManifestError, match="'p0' in test, train"):
+    leaking = [replace(r, row="") for r in (*records[:3], replace(records[3], patient_id="p0"))]
+    with pytest.raises(ManifestError, match=r"'p0' in test \(volume v3\), train \(volume v0\)"):
         prepare(leaking, tmp_path / "out", SMALL)
+
+
+def test_a_patient_in_two_splits_and_a_study_of_two_patients_are_named_with_their_lines(tmp_path):
+    manifest = cohort(tmp_path, num=5)  # of the splits train, train, valid, test, train
+    lines = manifest.read_text().splitlines()
+
+    def refused(*changes):
+        changed = "\n".join(lines)
+        for old, new in changes:
+            changed = changed.replace(old, new)
+        manifest.write_text(changed + "\n")
+        records, problems = read_manifest(manifest)
+        with pytest.raises(ManifestError) as error:
+            prepare(records, tmp_path / "out", SMALL, problems=problems)
+        return str(error.value)
+
+    leak = refused(("p2,", "p0,"), ("p3,", "p0,"), ("p4,", "p0,"))
+    m = str(manifest)
+    assert "1 patient(s) are in more than one split, for example 'p0' in " in leak
+    assert f"test ({m}:5), train ({m}:2, {m}:6), valid ({m}:4)" in leak
+    assert f"'s0' belongs to patients p0 ({m}:2), p1 ({m}:3)" in refused((",s1,", ",s0,"))
 
 
 def test_one_scan_under_two_names_is_used_once_however_it_is_stored(tmp_path):
