@@ -42,10 +42,20 @@ def load(
     Raises:
         ConfigError: If the file can't be read, a key is unknown or a value has the wrong type.
     """
+    merged = read(path, overrides) | dict(values or {})
+    return from_dict(schema, merged, source=_source(path))
+
+
+def read(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and apply ``key=value`` overrides; what they mean is left to a dataclass.
+
+    Raises:
+        ConfigError: If the file can't be read.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    source = str(path) if path is not None else "command line"
+    source = _source(path)
     try:
         base = OmegaConf.load(path) if path is not None else OmegaConf.create({})
         data = OmegaConf.to_container(
@@ -57,8 +67,11 @@ def load(
         raise ConfigError(f"{source}: not a readable config: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping of keys to values at the top level")
-    merged = {str(key): value for key, value in data.items()} | dict(values or {})
-    return from_dict(schema, merged, source=source)
+    return {str(key): value for key, value in data.items()}
+
+
+def _source(path: str | Path | None) -> str:
+    return str(path) if path is not None else "command line"
 
 
 def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") -> T:

@@ -62,6 +62,44 @@ def test_a_flag_without_a_value_for_key_is_refused(capsys):
     assert "expected key=value, got 'num_patients'" in capsys.readouterr().err
 
 
+TYPOS = {
+    "a path of pretraining": ("pretrain", ["cohort=misspelt", "out=run"], "no prepared cohort in"),
+    "what pretraining needs": ("pretrain", ["out=run"], "cohort=FOLDER is missing"),
+    "pretraining's config": ("pretrain", ["--config=no.yaml"], "config file no.yaml does not"),
+    "a checkpoint": ("zero_shot", ["--ckpt=no.safetensors", "--cohort=."], "no checkpoint no.safe"),
+    "a cohort": ("zero_shot", ["--ckpt=setup.cfg", "--cohort=misspelt"], "no prepared cohort in"),
+    "a key": ("zero_shot", ["--ckpt=setup.cfg", "--cohort=.", "replicate=1"], "mean replicates?"),
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_a_typo_is_found_before_anything_slow_is_imported(typo):
+    name, given, words = TYPOS[typo]
+    run = f"import sys; from ctclip import cli; cli.{name}(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", run, *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert " torch\n" not in done.stderr
+
+
+def test_a_launchers_processes_leave_it_to_the_first_to_report_an_error(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("ctclip.cli.command.time.sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            cli.zero_shot(["--ckpt=no.safetensors", "--cohort=."])
+        # Whoever is not ended by the launcher meanwhile has an error of its own to tell.
+        assert "no checkpoint" in capsys.readouterr().err
+        assert len(waited) == int(rank)
+
+
 def test_what_the_system_refuses_is_named_with_its_path(tmp_path, capsys):
     blocked = tmp_path / "file" / "out"
     blocked.parent.write_text("not a folder")

@@ -6,10 +6,15 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Command = Callable[[Sequence[str] | None], None]
+
+PATIENCE_S = 20.0
+"""How long the other processes of a launcher leave it to the first one to report an error."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +43,21 @@ def command(function: Command) -> Command:
         except (ValueError, OSError) as error:
             if os.environ.get("CTCLIP_TRACEBACK"):
                 raise
+            if not _speaks_first():
+                time.sleep(PATIENCE_S)  # a launcher ends this process if the first one fails too
             print(f"error: {_in_words(error)}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            if _speaks_first():
+                print("interrupted; the same command goes on from here", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run
+
+
+def _speaks_first() -> bool:
+    """Whether this is the only process, or of a launcher's on this machine the first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _in_words(error: Exception) -> str:
@@ -77,15 +90,39 @@ def new_parser(doc: str | None, config_folder: str | None = None) -> argparse.Ar
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags and ``key=value`` pairs in any order, which plain ``parse_args`` does not allow.
 
-    What follows is slow to import, so the user hears first that the command has understood.
+    What follows is slow to import, so what can be seen to be missing is refused here, and the user
+    hears that the command has understood.
+
+    Raises:
+        FileNotFoundError: If ``--config``, ``--ckpt`` or ``--cohort`` isn't there.
     """
     args = parser.parse_intermixed_args(argv)
     for override in getattr(args, "overrides", []):
         if "=" not in override:
             parser.error(f"expected key=value, got {override!r}")
+    _require_files(args)
     if os.environ.get("RANK", "0") == "0":  # of a launcher's processes, one speaks
         logger.info("%s: starting, loading libraries", parser.prog)
     return args
+
+
+def _require_files(args: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if "config" in given and not Path(given["config"]).exists():
+        raise FileNotFoundError(
+            f"config file {given['config']} does not exist; see the folder configs/"
+        )
+    if "ckpt" in given and not Path(given["ckpt"]).is_file():
+        raise FileNotFoundError(f"no checkpoint {given['ckpt']}; train one with ctclip-pretrain")
+    if "cohort" in given:
+        require_cohort(given["cohort"])
+
+
+def require_cohort(path: str) -> None:
+    """Refuse the folder of a cohort that isn't there; what it holds is seen when it is opened."""
+    is_url = ":/" in path
+    if not is_url and not Path(path).is_dir():
+        raise FileNotFoundError(f"no prepared cohort in {path}; run ctclip-prepare")
 
 
 def add_rescale(parser: argparse.ArgumentParser) -> None:

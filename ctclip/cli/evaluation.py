@@ -25,17 +25,17 @@ def zero_shot(argv: Sequence[str] | None = None) -> None:
     args = parse(parser, argv)
 
     from ctclip import config
-    from ctclip.evaluation import zero_shot as job
+    from ctclip.evaluation.scoring import ZeroShotConfig
+
+    values = given(args, accept="accept", rescale="rescale")
+    settings = config.load(ZeroShotConfig, args.config, args.overrides, values)
+
+    from ctclip.evaluation import zero_shot as job  # slow: torch and the figures
 
     job.run(
         args.ckpt,
         args.out,
-        config.load(
-            job.ZeroShotConfig,
-            args.config,
-            args.overrides,
-            given(args, accept="accept", rescale="rescale"),
-        ),
+        settings,
         cohort=args.cohort,
         split=args.split,
         volume=args.volume,

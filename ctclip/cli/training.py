@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ctclip.cli.command import command, new_parser, parse
+from ctclip.cli.command import command, new_parser, parse, require_cohort
 
 
 @command
@@ -21,9 +21,17 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     args = parse(parser, argv)
 
     from ctclip import config
+
+    asked = config.read(args.config, args.overrides)
+    for key in ("cohort", "out"):
+        if key not in asked:
+            raise ValueError(f"{key}=FOLDER is missing; --help shows a whole command")
+    require_cohort(str(asked["cohort"]))
+
     from ctclip.training import pretrain as job
 
     settings = config.load(job.PretrainConfig, args.config, args.overrides)
+    job.check(settings)  # before the evaluators read the cohort
     job.run(settings, _evaluators(settings))
 
 
@@ -31,12 +39,14 @@ def _evaluators(settings: Any) -> list[Any]:
     """Zero-shot AUROC on the development split, where the run asks for evaluations."""
     if settings.checkpoint.evaluate_every == 0:
         return []
+    from ctclip import distributed
     from ctclip.data.cache import PreparedCohort
     from ctclip.evaluation import zero_shot as scoring
 
     cohort = PreparedCohort.open(settings.cohort)
     if not any(record.split == "valid" for record in cohort.records):
-        logging.getLogger(__name__).warning("no split 'valid': no zero-shot AUROC while training")
+        if distributed.is_main():
+            logging.getLogger(__name__).warning("no split 'valid': no zero-shot AUROC in training")
         return []
     return [scoring.evaluator(cohort, "valid", windows_hu=settings.windows_hu)]
 

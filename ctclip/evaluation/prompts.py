@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import yaml
 
 from ctclip.findings import FINDINGS
 
 if TYPE_CHECKING:
+    import torch
+
     from ctclip.checkpoint import Checkpoint
     from ctclip.models.ctclip import CTCLIP
 
@@ -146,7 +147,7 @@ def _build(data: Any, findings: Sequence[str], source: str) -> PromptSet:
 
 def encode(
     model: "CTCLIP",
-    tokenizer: Callable[[list[str]], torch.Tensor],
+    tokenizer: "Callable[[list[str]], torch.Tensor]",
     prompts: PromptSet,
     findings: Sequence[str] | None = None,
 ) -> np.ndarray:
@@ -161,6 +162,8 @@ def encode(
     Returns:
         ``(K, 2, E)`` float32, L2-normalised; index 0 is "present", 1 is "absent".
     """
+    import torch
+
     chosen = tuple(prompts.pairs) if findings is None else tuple(findings)
     sentences = sorted({s for f in chosen for pair in prompts.pairs[f] for s in pair})
     device = next(model.parameters()).device
