@@ -23,10 +23,6 @@ REPLICATES = 1000
 PROVENANCE = ("checkpoint", "step", "fingerprint", "prompts", "score")
 """What the report says of the score table's origin; the table itself keeps the rest."""
 
-LEARNT_AUROC = 0.70
-"""A finding counts as learnt from this AUROC on the development split on. The choice is never made
-on the held-out patients, and findings that fall short are shown all the same."""
-
 
 def run(folder: str | Path) -> Path:
     """Write ``<folder>/report.html`` and print the AUC table and the report's path.
@@ -51,7 +47,8 @@ def run(folder: str | Path) -> Path:
         facts["macro AUROC, learnt findings"] = interval
         lead = [
             f"Macro AUROC {interval} over the {len(learnt)} findings that the model has learnt: "
-            f"those with an AUROC of at least {LEARNT_AUROC:.2f} on the development patients.",
+            "those with an AUROC of at least "
+            f"{metrics.LEARNT_AUROC:.2f} on the development patients.",
             "Not learnt at this size: "
             + (", ".join(f for f in table.findings if f not in learnt) or "none")
             + ".",
@@ -88,7 +85,7 @@ def learnt_findings(training: list[dict[str, float]], findings: Sequence[str]) -
     """
     evaluations = [line for line in training if "zero_shot/macro" in line]
     last = evaluations[-1] if evaluations else {}
-    return [f for f in findings if last.get(f"zero_shot/{f}", 0.0) >= LEARNT_AUROC]
+    return [f for f in findings if last.get(f"zero_shot/{f}", 0.0) >= metrics.LEARNT_AUROC]
 
 
 def _lines(metrics_file: Path) -> list[dict[str, float]]:

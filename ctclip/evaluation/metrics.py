@@ -19,6 +19,10 @@ from ctclip.evaluation.scores import ScoreTable
 FEW_PATIENTS = 20
 """Below this many positive or negative patients, a finding's result is called rough."""
 
+LEARNT_AUROC = 0.70
+"""A finding counts as learnt from this AUROC on the development split on. The choice is never made
+on the held-out patients, and findings that fall short are shown all the same."""
+
 RESAMPLED_PATIENTS = 50
 """Patients that either class needs for percentiles of a bootstrap to hold what they promise."""
 

@@ -184,17 +184,38 @@ def print_evaluation(evaluation: metrics.Evaluation) -> None:
     Console().print(table)
 
 
-def print_scores(scores: Mapping[str, float]) -> None:
-    """The scores of one scan in the terminal, highest first."""
+def print_scores(scores: Mapping[str, float], development: Mapping[str, float]) -> None:
+    """The scores of one scan in the terminal, highest first, and how far to trust them.
+
+    Args:
+        scores: Finding to score.
+        development: AUROC of each finding on the patients that the training was watched on;
+            empty where the checkpoint doesn't say.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Scores (research use only)", title_justify="left")
     table.add_column("finding")
     table.add_column("score", justify="right")
+    if development:
+        table.add_column("AUROC in development")
     for finding, score in sorted(scores.items(), key=lambda item: -item[1]):
-        table.add_row(finding, f"{score:.3f}")
-    Console().print(table)
+        area = development.get(finding)
+        known = "not measured" if area is None else f"{area:.2f}"
+        if area is not None and area < metrics.LEARNT_AUROC:
+            known += ", not learnt"
+        table.add_row(finding, f"{score:.3f}", *([known] if development else []))
+    console = Console()
+    console.print(table)
+    if development:
+        trust = f"Not learnt: an AUROC below {metrics.LEARNT_AUROC:.2f} on development patients."
+    else:
+        trust = (
+            "Which findings this model has learnt, its file doesn't say: look at the AUC table "
+            "that --cohort gives."
+        )
+    console.print(f"A score ranks scans, it is no probability of disease. {trust}")
 
 
 def with_interval(value: float, low: float = float("nan"), high: float = float("nan")) -> str:

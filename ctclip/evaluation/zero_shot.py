@@ -96,6 +96,7 @@ def run(
     folder = Path(out)
     if volume is not None:
         found = score_volume(checkpoint, volume, config)
+        development = development_auroc(checkpoint, config)
         folder.mkdir(parents=True, exist_ok=True)
         payload = {
             "volume": str(volume),
@@ -103,9 +104,10 @@ def run(
             "checkpoint": checkpoint.sha256,
             "prompts": prompts.of(checkpoint, config.prompts).label,
             "scores": found,
+            "development_auroc": development,
         }
         (folder / "scores.json").write_text(json.dumps(payload, indent=1), encoding="utf-8")
-        report.print_scores(found)
+        report.print_scores(found, development)
         return found
 
     from ctclip.data.cache import PreparedCohort
@@ -151,6 +153,18 @@ def run(
     if manifest is not None:
         table = with_labels_of(table, manifest)
     return write_results(table, folder, config)
+
+
+def development_auroc(checkpoint: "Checkpoint", config: ZeroShotConfig) -> dict[str, float]:
+    """AUROC by finding of exactly these weights on the development split, measured in training.
+
+    Empty where the training wasn't evaluated at the checkpoint's step, or other prompts are asked.
+    """
+    if prompts.of(checkpoint, config.prompts).hash != prompts.load(prompts.DEFAULT).hash:
+        return {}
+    measured = checkpoint.provenance.get("evaluation", {})
+    areas = {finding: measured.get(f"zero_shot/{finding}") for finding in FINDINGS}
+    return {finding: area for finding, area in areas.items() if area is not None}
 
 
 def write_results(table: ScoreTable, folder: Path, config: ZeroShotConfig) -> metrics.Evaluation:

@@ -298,6 +298,8 @@ class _Job:
     warmup: dict[str, float]
     cut_text: dict[str, float]
     """How much of the training reports the tokenizer leaves out."""
+    evaluation: tuple[int, dict[str, float]] = (0, {})
+    """The step that was measured last, and its numbers."""
 
     @classmethod
     def prepare(
@@ -461,6 +463,7 @@ class _Job:
 
     def save_model(self, path: Path) -> None:
         """Write the model that evaluation reads (the average, where one is kept), on rank 0."""
+        measured_step, measured = self.evaluation
         with optim.whole_weights(self.engine), self.ema.applied(self.model):
             if not distributed.is_main():
                 return
@@ -479,6 +482,7 @@ class _Job:
                     or self.origin.get("label_informed", False),
                     "config": configuration.to_dict(self.config),
                     "text_warmup": self.warmup,
+                    "evaluation": measured if measured_step == self.progress.step else {},
                 },
             )
 
@@ -500,6 +504,7 @@ class _Job:
                     metrics.update(evaluator(self.model, self.tokenizer))
                 self.model.train()
         metrics = distributed.gather_objects(metrics)[0]
+        self.evaluation = (self.progress.step, metrics)
         self._note_best(metrics)
         return metrics
 

@@ -44,6 +44,24 @@ def test_the_command_wants_one_input():
         zero_shot.run("model.safetensors", "out")
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_scores_of_one_scan_say_which_findings_the_model_has_learnt(is_known, capsys):
+    measured = {"zero_shot/Emphysema": 0.69, "zero_shot/Cardiomegaly": 0.95, "zero_shot/macro": 0.8}
+    checkpoint = SimpleNamespace(provenance={"evaluation": measured} if is_known else {})
+    development = zero_shot.development_auroc(checkpoint, scoring.ZeroShotConfig())
+    scores = {"Emphysema": 0.9, "Cardiomegaly": 0.8, "Lung nodule": 0.7}
+
+    zero_shot.report.print_scores(scores, development)
+
+    said = capsys.readouterr().out
+    assert ("0.69, not learnt" in said) == is_known
+    assert ("not measured" in said) == is_known
+    assert "0.95, not learnt" not in said
+    assert "no probability of disease" in said
+    assert ("look at the AUC table" in said) != is_known
+    assert max(map(len, said.splitlines())) <= 80
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="batch_size"):
         scoring.ZeroShotConfig(batch_size=0)

@@ -201,8 +201,23 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort
     )
 
     assert len(losses_of(out)) == 4
-    assert checkpoint.load(out / "best.safetensors").provenance["step"] == 2
+    best = checkpoint.load(out / "best.safetensors").provenance
+    assert best["step"] == 2
+    assert best["evaluation"]["zero_shot/macro"] == 0.7
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == 4
+
+
+def test_a_model_carries_no_evaluation_of_other_weights(cohort, tmp_path):
+    out = tmp_path / "run"
+    changes = {"checkpoint": {"every": 3, "evaluate_every": 2}, "steps": 4}
+    pretrain(cohort, out, stub_evaluator=True, **changes)
+
+    carried = {
+        path.name: checkpoint.load(path / "model.safetensors").provenance["evaluation"]
+        for path in (out / "checkpoints").iterdir()
+    }
+    assert carried["step_00000003"] == {}
+    assert carried["step_00000004"]["zero_shot/macro"] == 0.7
 
 
 def test_a_volume_that_becomes_unreadable_is_replaced_the_same_way_on_any_number_of_ranks(
