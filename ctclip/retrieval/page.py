@@ -130,11 +130,13 @@ class Jobs:
             job.state = "analysing"
             job.scan = self._service.analyse(voxels)
             job.state = "done"
-        except (UploadError, ValueError, OSError, RuntimeError, MemoryError) as error:
-            job.code = error.code if isinstance(error, UploadError) else "unreadable"
-            detail = str(error) if isinstance(error, UploadError) else "analysing the scan failed"
-            job.detail, job.state = detail, "failed"
-            logger.warning("an upload was refused: %s (%s)", job.code, type(error).__name__)
+        except UploadError as error:
+            job.code, job.detail, job.state = error.code, str(error), "failed"
+            logger.warning("an upload was refused: %s", error.code)
+        except Exception as error:
+            # Whatever it is: a job that never ends keeps its reader waiting and takes up a place.
+            job.code, job.detail, job.state = "unreadable", "analysing the scan failed", "failed"
+            logger.warning("analysing an upload failed: %s", type(error).__name__)
         finally:
             intake.discard(folder)
 

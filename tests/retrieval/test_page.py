@@ -412,6 +412,22 @@ def test_a_full_queue_says_so(service):
         assert client.post("/api/scans", content=b"x").status_code == 429
 
 
+@pytest.mark.parametrize("error", [KeyError("axis"), RuntimeError("out of memory")])
+def test_an_analysis_that_breaks_ends_the_upload_and_not_the_service(
+    service, archive, monkeypatch, error
+):
+    def broken(voxels):
+        raise error
+
+    scan = phantom_scan(archive).read_bytes()
+    with TestClient(build(service, ServeConfig(limits=LIMITS)), headers=OURS) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "analyse", broken)
+            job = upload(client, scan)
+        assert (job["state"], job["code"]) == ("failed", "unreadable")
+        assert upload(client, scan)["state"] == "done"
+
+
 def test_a_scan_that_takes_too_long_is_given_up(service, archive):
     config = ServeConfig(limits=replace(LIMITS, read_s=0.01))
     with TestClient(build(service, config), headers=OURS) as client:
