@@ -83,12 +83,12 @@ def retrieval_quality(argv: Sequence[str] | None = None) -> None:
 
     values = given(args, **{name: name for name in ("table", "reports", "truth", "split", "out")})
     settings = config.load(job.QualityConfig, args.config, args.overrides, values)
-    checkpoint = None
+    scorer = None
     if args.ckpt:
-        from ctclip import checkpoint as checkpoints
+        from ctclip.evaluation.scanner import load
 
-        checkpoint = checkpoints.load(args.ckpt)
-    job.run(settings, checkpoint)
+        scorer = load(args.ckpt)
+    job.run(settings, scorer)
 
 
 @command

@@ -10,6 +10,7 @@ from ctclip.embeddings.transform import fit
 from ctclip.retrieval.index import MilvusArchive
 from ctclip.retrieval.opening import open_archive, with_scores
 from ctclip.retrieval.page import ServeConfig, serve
+from ctclip.retrieval.phrase import finding_phrases
 from ctclip.retrieval.question import Background
 from ctclip.retrieval.service import CaseService, Scorer, forget
 
@@ -113,7 +114,8 @@ def _prepared(config: IndexConfig, scorer: Scorer | None) -> tuple[EmbeddingTabl
         transform = fit(fitted_on.vectors_for_reports, texts, whiten=config.transform == "whiten")
         table = table.transformed(transform)
         reports = reports.transformed(transform) if reports is not None else None
-    return table, Background.of(table, reports)
+    phrases = None if scorer is None else finding_phrases(scorer, table)
+    return table, Background.of(table, reports, phrases)
 
 
 def _needed(path: Path | None, name: str) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 from ctclip.embeddings import EmbeddingTable, space_of
 from ctclip.findings import FINDINGS
 from ctclip.retrieval.index import MilvusArchive
+from ctclip.retrieval.phrase import finding_phrases
 from ctclip.retrieval.question import Background
 from ctclip.retrieval.reference import Reference
 from ctclip.retrieval.search import Archive, MemoryArchive
@@ -53,9 +54,10 @@ def open_archive(
     if scorer is not None:
         volumes = with_scores(volumes, scorer)
     texts = EmbeddingTable.load(reports) if reports else None
+    phrases = None if scorer is None else finding_phrases(scorer, volumes)
     return Opened(
         archive=MemoryArchive(volumes),
-        background=Background.of(volumes, texts),
+        background=Background.of(volumes, texts, phrases),
         reference=Reference.of(volumes),
     )
 

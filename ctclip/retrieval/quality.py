@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.embeddings import EmbeddingTable, embed_texts, health, space_of
-from ctclip.embeddings.table import require_same_space
+from ctclip.embeddings import EmbeddingTable, health
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import metrics
 from ctclip.retrieval.metrics import Estimate
+from ctclip.retrieval.phrase import finding_phrases
 
 if TYPE_CHECKING:
-    from ctclip.checkpoint import Checkpoint
+    from ctclip.retrieval.service import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +65,12 @@ class QualityConfig:
             raise ValueError("per_finding_k and replicates must be at least 1")
 
 
-def run(
-    config: QualityConfig, checkpoint: "Checkpoint | None" = None
-) -> dict[str, dict[str, Estimate]]:
+def run(config: QualityConfig, scorer: "Scorer | None" = None) -> dict[str, dict[str, Estimate]]:
     """Measure, print, and write.
 
     Args:
         config: What to measure.
-        checkpoint: The model: adds searches by a finding's name.
+        scorer: The model: adds searches by a finding's name.
 
     Returns:
         ``like cases``, ``own report`` (with reports), ``per finding`` and ``finding by name``
@@ -89,7 +87,7 @@ def run(
         reports = reports.of_split(config.split) if reports is not None else None
     if config.truth is not None:
         table = _judged_by(config.truth, table)
-    found = measure(table, reports, config, checkpoint)
+    found = measure(table, reports, config, scorer)
 
     console = Console()
     console.print(str(health(table)))
@@ -109,7 +107,7 @@ def measure(
     table: EmbeddingTable,
     reports: EmbeddingTable | None,
     config: QualityConfig,
-    checkpoint: "Checkpoint | None" = None,
+    scorer: "Scorer | None" = None,
 ) -> dict[str, dict[str, Estimate]]:
     """The numbers alone; see :func:`run`."""
     draws = {"seed": config.seed, "replicates": config.replicates}
@@ -119,13 +117,9 @@ def measure(
     if reports is not None:
         found["own report"] = metrics.report_to_volume(reports, table, config.recall_ks, **draws)
     found["per finding"] = metrics.per_finding(table, config.per_finding_k, **draws)
-    if checkpoint is not None:
-        space = {**space_of(checkpoint), "transform": ""}
-        require_same_space({**table.provenance, "transform": ""}, space)
-        texts = embed_texts(checkpoint, [f"{finding}." for finding in FINDINGS])
-        if table.transform is not None:
-            texts = table.transform(texts, "report")
-        found["finding by name"] = metrics.per_finding_text(table, texts, **draws)
+    if scorer is not None:
+        phrases = finding_phrases(scorer, table)
+        found["finding by name"] = metrics.per_finding_text(table, phrases, **draws)
     return found
 
 

@@ -11,7 +11,10 @@ from ctclip.findings import FINDINGS
 from ctclip.retrieval.search import Query, weighted
 
 ORDINARY_QUANTILE = 0.95
-"""A similarity that this share of random pairs stays below is no better than a random pair."""
+"""A similarity that this share of random pairs stays below is ordinary."""
+
+PHRASE_VOLUMES = 10_000
+"""As many of an archive's volumes tell what similarity to a phrase is ordinary."""
 
 EXCERPT_FIELDS = ("impression", "report", "findings")
 EXCERPT_CHARACTERS = 400
@@ -30,10 +33,25 @@ class Background:
     text_spread: float = 1.0
     text_mean: float | None = None
     text_ordinary: float | None = None
+    phrase_spread: float = 1.0
+    phrase_mean: float | None = None
+    phrase_ordinary: float | None = None
 
     @classmethod
-    def of(cls, volumes: EmbeddingTable, reports: EmbeddingTable | None = None) -> "Background":
-        """Measure it on random pairs of different patients."""
+    def of(
+        cls,
+        volumes: EmbeddingTable,
+        reports: EmbeddingTable | None = None,
+        phrases: np.ndarray | None = None,
+    ) -> "Background":
+        """Measure it on random pairs of different patients.
+
+        Args:
+            volumes: The archive.
+            reports: Of the same patients: what similarity to a report is ordinary.
+            phrases: ``(18, E)`` points of the findings' names, see
+                :func:`ctclip.retrieval.phrase.finding_phrases`: each goes with every volume.
+        """
         found: dict[str, float] = {}
         for name, other in (("volume", volumes), ("text", reports)):
             if other is None:
@@ -45,11 +63,21 @@ class Background:
                 other.patient_id,
                 volumes.patient_id,
             )
-            if cosines.size > 1:
-                found[f"{name}_mean"] = float(cosines.mean())
-                found[f"{name}_spread"] = max(float(cosines.std()), 1e-6)
-                found[f"{name}_ordinary"] = float(np.quantile(cosines, ORDINARY_QUANTILE))
+            found |= _distribution(name, cosines)
+        if phrases is not None:
+            cosines = volumes.vectors_for_reports[:PHRASE_VOLUMES] @ phrases.T
+            found |= _distribution("phrase", cosines.ravel())
         return cls(**found)
+
+
+def _distribution(name: str, cosines: np.ndarray) -> dict[str, float]:
+    if cosines.size < 2:
+        return {}
+    return {
+        f"{name}_mean": float(cosines.mean()),
+        f"{name}_spread": max(float(cosines.std()), 1e-6),
+        f"{name}_ordinary": float(np.quantile(cosines, ORDINARY_QUANTILE)),
+    }
 
 
 def compose(
@@ -64,23 +92,30 @@ def compose(
     Args:
         like: Scans or studies to be like; their mean counts.
         unlike: Studies to be unlike.
-        text: A text to agree with.
+        text: A text to agree with, see :func:`ctclip.retrieval.phrase.text_query`.
         background: Of the archive, so that the weights mean what they say.
         text_weight: The text's weight when there is something else too.
 
     Raises:
         ValueError: If nothing is asked.
     """
-    ordinary, expected = background.volume_ordinary, background.volume_mean
-    cases = [(1.0 / len(like), replace(q, ordinary=ordinary, expected=expected)) for q in like]
-    cases += [(-LESS_WEIGHT / len(unlike), query) for query in unlike]
+
+    def known(query: Query) -> Query:
+        return replace(
+            query,
+            ordinary=background.volume_ordinary,
+            expected=background.volume_mean,
+            spread=background.volume_spread,
+        )
+
+    cases = [(1.0 / len(like), known(query)) for query in like]
+    cases += [(-LESS_WEIGHT / len(unlike), known(query)) for query in unlike]
     if text is None:
         return weighted(cases)
-    text = replace(text, ordinary=background.text_ordinary, expected=background.text_mean)
     if not cases:
         return text
-    parts = [((1 - text_weight) * weight, query) for weight, query in cases] + [(text_weight, text)]
-    return weighted(parts, [background.volume_spread] * len(cases) + [background.text_spread])
+    parts = [((1 - text_weight) * weight, query) for weight, query in cases]
+    return weighted([*parts, (text_weight, text)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,13 @@ class Query:
     """Patients that must not be returned: those whom the query comes from."""
 
     ordinary: float | None = None
-    """Similarity that 95 % of random pairs stay below; no better means nothing was found."""
+    """Similarity that 95 % of random pairs stay below; no better is no find."""
 
     expected: float | None = None
     """Mean similarity of random pairs."""
+
+    spread: float = 1.0
+    """Standard deviation of the similarity of random pairs: what a part's weight is measured in."""
 
     name: str = "query"
     """What to call it in a figure or a log; no identifier of a patient outside the archive."""
@@ -58,7 +61,7 @@ class Hit:
     """``(18,)`` zero-shot probabilities, where the archive has them."""
 
     is_ordinary: bool = False
-    """Whether it is no more similar than a random pair of the archive's cases."""
+    """Whether one random pair in twenty of the archive's cases is as similar."""
 
 
 class Archive(Protocol):
@@ -259,7 +262,7 @@ def from_rows(rows: EmbeddingTable, name: str | None = None) -> Query:
     )
 
 
-def weighted(parts: Sequence[tuple[float, Query]], spreads: Sequence[float] | None = None) -> Query:
+def weighted(parts: Sequence[tuple[float, Query]]) -> Query:
     """Look for several things at once: a scan and a text, or more like these, less like those.
 
     Cosines to a scan and to a text live on different scales, because the two modalities sit
@@ -268,14 +271,13 @@ def weighted(parts: Sequence[tuple[float, Query]], spreads: Sequence[float] | No
 
     Args:
         parts: Weight and query; a negative weight asks for less of it.
-        spreads: For each part, the standard deviation of its similarity over random pairs.
 
     Raises:
         ValueError: If the parts cancel out.
     """
     if not parts:
         raise ValueError("nothing to search for: give at least one scan, study or text")
-    shares = [w / s for (w, _), s in zip(parts, spreads or [1.0] * len(parts), strict=True)]
+    shares = [weight / part.spread for weight, part in parts]
     total = np.zeros_like(parts[0][1].vector, dtype=np.float64)
     expected, excess_squared, is_known = 0.0, 0.0, True
     for share, (_, part) in zip(shares, parts, strict=True):

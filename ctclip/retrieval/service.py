@@ -8,17 +8,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from ctclip.config import from_dict
-from ctclip.embeddings import EmbeddingError, embed_texts, embed_voxels, space_of
+from ctclip.embeddings import EmbeddingError, embed_voxels, space_of
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import pictures
 from ctclip.retrieval.filters import Filter
+from ctclip.retrieval.phrase import findings_in, text_query
 from ctclip.retrieval.question import (
     EXCERPT_FIELDS,
     Background,
@@ -326,8 +327,12 @@ class CaseService:
         text = None
         if question.text:
             with self._model:
-                vector = embed_texts(self.scorer.checkpoint, [question.text], device=self.device)
-            text = Query(vector=self.archive.project(vector[0], self.space, "report"), name="text")
+                text = text_query(
+                    question.text, self.archive, self.scorer, self.background, self.device
+                )
+            if not like:
+                labels = findings_in(question.text)
+            text = replace(text, name="text")  # what was typed stays out of logs and addresses
         weight = question.text_weight
         query = compose(like, unlike, text, self.background, text_weight=weight)
         return query, scores, labels

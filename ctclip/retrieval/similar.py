@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.embeddings import embed_file, embed_texts, space_of
+from ctclip.embeddings import embed_file, space_of
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import figure
 from ctclip.retrieval.filters import Filter
 from ctclip.retrieval.opening import open_archive
+from ctclip.retrieval.phrase import findings_in, text_query
 from ctclip.retrieval.question import Background, Comparison, compare_findings, compose, excerpt
 from ctclip.retrieval.reference import Reference, findings_of
 from ctclip.retrieval.search import Archive, Hit, Query, from_rows
@@ -144,12 +145,13 @@ def run(config: SimilarConfig, scorer: Scorer | None = None) -> list[Hit]:
     title = f"Cases similar to {asked.query.name} ({len(archive)} volumes searched)"
     shown = Table(title=title)
     for heading in ("#", "study", "similarity", "shared", "only this case", "only the query"):
-        shown.add_column(heading)
+        # A study has to be copied whole; folded, it fits any width.
+        shown.add_column(heading, overflow="fold", min_width=12 if heading == "study" else None)
     has_excerpt = any(excerpt(hit.fields) for hit in hits)
     if has_excerpt:
         shown.add_column("report")
     for rank, (hit, seen) in enumerate(zip(hits, compared, strict=True), 1):
-        mark = " (no better than a random pair)" if hit.is_ordinary else ""
+        mark = " (like many random pairs)" if hit.is_ordinary else ""
         cells = [str(rank), hit.study_id, f"{hit.similarity:.3f}{mark}"]
         cells += [", ".join(names) for names in (seen.shared, seen.only_hit, seen.only_query)]
         shown.add_row(*cells, *([excerpt(hit.fields)] if has_excerpt else []))
@@ -192,9 +194,9 @@ def _ask(
         scores = np.array([found[finding] for finding in FINDINGS], dtype=np.float32)
         labels = None
     if scorer is not None and config.text:
-        space = space_of(scorer.checkpoint)
-        vector = embed_texts(scorer.checkpoint, [config.text], device=config.device)[0]
-        text = Query(vector=archive.project(vector, space, "report"), name=f"“{config.text}”")
+        text = text_query(config.text, archive, scorer, background, config.device)
+        if not like:
+            labels = findings_in(config.text)
     unlike = [from_rows(archive.rows(study_id=study)) for study in config.less]
     query = compose(like, unlike, text, background, text_weight=config.text_weight)
     return _Asked(query=query, findings=findings_of(scores, labels, reference))

@@ -125,10 +125,9 @@ def test_a_part_with_a_narrow_spread_counts_as_much_as_one_with_a_wide_spread():
     """Ranking by the mixed query is ranking by the sum of both standardised similarities."""
     rng = np.random.default_rng(5)
     table = random_table(50, volumes_per_patient=1)
-    parts = [Query(vector=unit(rng.normal(size=16))) for _ in range(2)]
-    spreads = [0.5, 0.01]
+    parts = [Query(vector=unit(rng.normal(size=16)), spread=spread) for spread in (0.5, 0.01)]
 
-    mixed = weighted([(0.7, parts[0]), (0.3, parts[1])], spreads)
+    mixed = weighted([(0.7, parts[0]), (0.3, parts[1])])
 
     scores = (
         0.7 * table.vectors @ parts[0].vector / 0.5 + 0.3 * table.vectors @ parts[1].vector / 0.01

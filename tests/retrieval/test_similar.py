@@ -146,7 +146,13 @@ def test_a_mixed_query_marks_about_as_many_as_its_parts():
     table = random_table(2000, width=64, volumes_per_patient=1)
     reports = replace(random_table(2000, width=64, volumes_per_patient=1, seed=1), kind="report")
     background = Background.of(table, reports)
-    like, text = Query(vector=table.vectors[0]), Query(vector=reports.vectors[5])
+    like = Query(vector=table.vectors[0])
+    text = Query(
+        vector=reports.vectors[5],
+        ordinary=background.text_ordinary,
+        expected=background.text_mean,
+        spread=background.text_spread,
+    )
     query = compose([like], [], text, background, text_weight=0.5)
 
     marks = [hit.is_ordinary for hit in MemoryArchive(table).search(query, k=2000)]
