@@ -17,7 +17,7 @@ import numpy as np
 
 from ctclip.data.geometry import MIN_SLICES
 from ctclip.data.nifti import StoredVolume
-from ctclip.data.problems import Level, Note, VolumeError
+from ctclip.data.problems import Level, Note, VolumeError, some_of
 from ctclip.data.report import ABSENT
 from ctclip.progress import track
 
@@ -177,23 +177,31 @@ def find_series(
     notes = [] if notes is None else notes
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     slices: list[Slice] = []
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[Path]] = defaultdict(list)
+    bare: list[Path] = []
     for file in track(files, len(files), "read headers", "file", hidden=not show_progress):
-        slices += _read_header(file, dropped, notes)
+        slices += _read_header(file, dropped, bare)
     if not slices and set(dropped) <= {"not DICOM"}:
         raise VolumeError(path, "no-dicom", f"no DICOM file among {len(files)} files")
     unique = {(one.sop_uid or str(one.file), one.frame): one for one in slices}
     if len(unique) < len(slices):
         text = f"{len(slices) - len(unique)} files are copies of another (same SOP UID); ignored"
         notes.append(Note("repeated-file", text))
-    for reason, num in sorted(dropped.items()):
+    folder = path if path.is_dir() else path.parent
+    if bare:
+        text = "the DICOM preamble is missing; read as implicit little endian"
+        notes.append(Note("no-preamble", f"{text}: {some_of(bare, folder)}", "warn"))
+    for reason, skipped in sorted(dropped.items()):
         level: Level = "info" if reason == "not DICOM" else "warn"
-        notes.append(Note("skipped-file", f"{num} file(s) skipped: {reason}", level))
+        text = f"{len(skipped)} file(s) skipped: {reason}: {some_of(skipped, folder)}"
+        notes.append(Note("skipped-file", text, level))
     if not unique:
         reasons = ", ".join(sorted(dropped))
         raise VolumeError(path, "not-ct", f"no CT image among {len(files)} files ({reasons})")
-    if any(not one.modality for one in unique.values()):
-        notes.append(Note("no-modality", "no Modality in the header; taken for CT", "warn"))
+    unnamed = sorted({one.file for one in unique.values() if not one.modality})
+    if unnamed:
+        text = f"no Modality in the header; taken for CT: {some_of(unnamed, folder)}"
+        notes.append(Note("no-modality", text, "warn"))
     grouped: dict[str, list[Slice]] = defaultdict(list)
     for one in unique.values():
         grouped[one.series_uid].append(one)
@@ -234,32 +242,30 @@ def _length_mm(series: Series) -> float:
     return max(heights) - min(heights) if heights else 0.0
 
 
-def _read_header(file: Path, dropped: Counter[str], notes: list[Note]) -> list[Slice]:
-    """The slices in one file, or a count of why there are none."""
+def _read_header(file: Path, dropped: dict[str, list[Path]], bare: list[Path]) -> list[Slice]:
+    """The slices in one file; a file without any goes to ``dropped`` under the reason."""
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
 
     looks_dicom = file.suffix.lower() in (".dcm", ".dicom", ".ima")
     if file.stat().st_size == 0:
-        dropped["empty file" if looks_dicom else "not DICOM"] += 1
+        dropped["empty file" if looks_dicom else "not DICOM"].append(file)
         return []
     try:
         header = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
     except InvalidDicomError:
         if not _starts_with_a_tag(file):
-            dropped["unreadable .dcm file" if looks_dicom else "not DICOM"] += 1
+            dropped["unreadable .dcm file" if looks_dicom else "not DICOM"].append(file)
             return []
         header = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-        if not any(note.code == "no-preamble" for note in notes):
-            text = "the DICOM preamble is missing; read as implicit little endian"
-            notes.append(Note("no-preamble", text, "warn"))
+        bare.append(file)
     except _DECODING_ERRORS:
-        dropped["unreadable .dcm file" if looks_dicom else "not DICOM"] += 1
+        dropped["unreadable .dcm file" if looks_dicom else "not DICOM"].append(file)
         return []
     try:
         return _slices(file, header, dropped)
     except _DECODING_ERRORS:
-        dropped["malformed header"] += 1
+        dropped["malformed header"].append(file)
         return []
 
 
@@ -269,17 +275,17 @@ def _starts_with_a_tag(file: Path) -> bool:
         return stream.read(2) in (b"\x02\x00", b"\x08\x00")
 
 
-def _slices(file: Path, header: Any, dropped: Counter[str]) -> list[Slice]:
+def _slices(file: Path, header: Any, dropped: dict[str, list[Path]]) -> list[Slice]:
     modality = str(header.get("Modality") or "")
     if modality not in ("", "CT"):
-        dropped[f"modality {modality}"] += 1
+        dropped[f"modality {modality}"].append(file)
         return []
     image_type = tuple(str(part).upper() for part in header.get("ImageType") or ())
     if not header.get("Rows") or not header.get("Columns"):
-        dropped["no image"] += 1
+        dropped["no image"].append(file)
         return []
     if int(header.get("SamplesPerPixel") or 1) != 1:
-        dropped["colour image"] += 1
+        dropped["colour image"].append(file)
         return []
     single = Slice(
         file=file,

@@ -7,6 +7,7 @@ trusted as HU, so that the scan stays out of a cohort until the user decides. Ev
 ``info`` ends in the ledger.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,6 +61,13 @@ class Problem:
     code: str
     detail: str
     volume_id: str = ""
+
+
+def some_of(files: Sequence[Path], folder: Path, num: int = 3) -> str:
+    """The first few of some files, relative to a folder: ``a/1.dcm, a/2.dcm, … (17 in all)``."""
+    names = [str(file.relative_to(folder)) for file in files[:num]]
+    more = f", … ({len(files)} in all)" if len(files) > num else ""
+    return ", ".join(names) + more
 
 
 class ManifestError(ValueError):

@@ -164,6 +164,26 @@ def test_junk_beside_the_slices_is_skipped(tmp_path):
     assert codes(volume.read(path)) == ["skipped-file", "skipped-file"]
 
 
+def test_skipped_dicom_files_are_named(tmp_path):
+    def foreign(_, dataset):
+        dataset.Modality = "SR"
+
+    def unnamed(_, dataset):
+        del dataset.Modality
+
+    hu = chest_hu((24, 24, 32))
+    folder(tmp_path / "ct", hu, series="1.1", edit=unnamed)
+    folder(tmp_path / "sr", hu[:5], series="1.2", edit=foreign)
+    dicom.find_series(tmp_path, notes := [])
+    details = {note.code: note.text for note in notes}
+    assert details["skipped-file"] == (
+        "5 file(s) skipped: modality SR: sr/000.dcm, sr/001.dcm, sr/002.dcm, … (5 in all)"
+    )
+    assert details["no-modality"].endswith(
+        "taken for CT: ct/000.dcm, ct/001.dcm, ct/002.dcm, … (24 in all)"
+    )
+
+
 def test_a_missing_preamble_is_read_with_a_warning(tmp_path):
     path = folder(tmp_path, HU)
     for file in path.iterdir():
