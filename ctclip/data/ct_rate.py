@@ -22,7 +22,15 @@ from ctclip.data.manifest import (
     volume_stem,
 )
 from ctclip.data.problems import ManifestError, Problem
-from ctclip.data.table import ClaimedSpacing, Row, Table, raise_all, read_table
+from ctclip.data.table import (
+    ClaimedSpacing,
+    Row,
+    Table,
+    not_used,
+    raise_all,
+    read_table,
+    tables_in,
+)
 from ctclip.findings import FINDINGS
 
 NAME = re.compile(r"(?P<study>(?P<patient>(?P<split>train|valid|test)_\d+)_[a-z]+)_\d+")
@@ -36,6 +44,18 @@ META = {
     "SliceThickness": "slice_thickness_mm",
 }
 """Metadata columns that are kept, under the manifest's names."""
+
+METADATA = {"RescaleIntercept", "RescaleSlope", "ZSpacing", "XYSpacing"}
+"""Any of them makes a table the metadata table."""
+
+MEANT = "label|report|metadata"
+PROMISING = ("VolumeName", "Findings_EN", "Impressions_EN", *sorted(METADATA), *FINDINGS)
+"""A table of such a name, or with two such columns, was meant to be used."""
+
+EXPECTED = (
+    "a CSV with VolumeName and Findings_EN, Impressions_EN (reports), the 18 findings (labels), or "
+    "RescaleSlope, RescaleIntercept, XYSpacing, ZSpacing (metadata)"
+)
 
 _TWO_NUMBERS = re.compile(r"\[\s*([0-9.eE+-]+)\s*,\s*([0-9.eE+-]+)\s*\]")
 _ONE_NUMBER = re.compile(r"[0-9.eE+-]+")
@@ -73,7 +93,8 @@ def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
         without a volume, volumes without a report, rows that can't be used.
 
     Raises:
-        ManifestError: If there are no volumes or no report table, or a table can't be used.
+        ManifestError: If there are no volumes, or neither reports nor labels, or a table can't be
+            used.
     """
     root = Path(root)
     problems: list[Problem] = []
@@ -81,21 +102,25 @@ def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
     reports: dict[str, Report] = {}
     labels: dict[str, dict[str, float]] = {}
     metadata: dict[str, Metadata] = {}
-    for path in sorted([*root.rglob("*.csv"), *root.rglob("*.csv.gz")]):
+    for path in tables_in(root, (".csv", ".csv.gz")):
         table = read_table(path)
-        if "VolumeName" not in table.columns:
-            continue
-        if "Findings_EN" in table.columns:
+        columns = set(table.columns) if "VolumeName" in table.columns else set()
+        if "Findings_EN" in columns:
             _join(reports, read_reports(path, problems, table), path, problems)
-        elif set(FINDINGS) & set(table.columns):
+        elif set(FINDINGS) & columns:
             _join(labels, read_labels(path, problems, table), path, problems)
-        elif {"RescaleIntercept", "ZSpacing", "XYSpacing"} & set(table.columns):
+        elif METADATA & columns:
             _join(metadata, read_metadata(path, problems, table), path, problems)
-    if not volumes or not reports:
+        else:
+            problems.append(not_used(table, MEANT, PROMISING, EXPECTED))
+    if not volumes or not (reports or labels):
         raise ManifestError(
-            f"{root}: found {len(volumes)} CT-RATE volumes and {len(reports)} reports; expected "
-            "names like train_1_a_1.nii.gz, and a CSV with VolumeName, Findings_EN, Impressions_EN"
+            f"{root}: found {len(volumes)} CT-RATE volumes, {len(reports)} reports and labels of "
+            f"{len(labels)} volumes; expected names like train_1_a_1.nii.gz, and {EXPECTED}"
         )
+    if not reports:
+        detail = "no report table: enough for scores and embeddings, training needs reports"
+        problems.append(Problem(str(root), "warned", "no-report", detail))
     refused = {problem.volume_id for problem in problems if problem.status == "refused"}
     for name in sorted(reports.keys() - volumes.keys() - refused):
         detail = "in the report table, but there is no such volume"
@@ -109,7 +134,7 @@ def read_ct_rate(root: str | Path) -> tuple[list[VolumeRecord], list[Problem]]:
             detail = "on CT-RATE's own list of volumes that show no chest"
             problems.append(Problem(str(path), "refused", "listed-no-chest", detail, name))
             continue
-        if name not in reports:
+        if reports and name not in reports:
             detail = "no row in the report table"
             problems.append(Problem(str(path), "warned", "no-report", detail, name))
         records.append(_record(name, path, reports.get(name), labels.get(name), metadata.get(name)))

@@ -19,7 +19,14 @@ from typing import Literal, get_args
 
 from ctclip.data import report
 from ctclip.data.problems import ManifestError, Problem
-from ctclip.data.table import ClaimedSpacing, Row, Table, raise_all, read_table
+from ctclip.data.table import (
+    MANIFEST_COLUMNS,
+    ClaimedSpacing,
+    Row,
+    Table,
+    raise_all,
+    read_table,
+)
 from ctclip.findings import FINDINGS
 
 Split = Literal["train", "valid", "test"]
@@ -151,7 +158,7 @@ def read_manifest(
     path = Path(path)
     root = Path(root) if root is not None else path.parent
     table = read_table(path)
-    table.require(("patient_id", "study_id", "path"))
+    table.require(MANIFEST_COLUMNS)
     _refuse_unknown_columns(table)
     errors: list[str] = []
     problems = list(table.malformed)

@@ -19,7 +19,7 @@ import yaml
 from ctclip.data.manifest import Split, VolumeRecord, volume_stem
 from ctclip.data.nifti import BOMB_BYTES, CHUNK, MAX_INFLATION, MAX_VOXELS, StoredVolume
 from ctclip.data.problems import COPY_AGAIN, ManifestError, Note, Problem, VolumeError
-from ctclip.data.table import Row, Table, raise_all, read_table
+from ctclip.data.table import Row, Table, not_used, raise_all, read_table, tables_in
 
 Variant = Literal["located", "16", "15"]
 
@@ -30,6 +30,11 @@ SPLITS: dict[str, Split] = {"trn": "train", "val": "valid", "tst": "test"}
 """First letters of a volume's name."""
 
 KEY = "ct"
+
+PROMISING = ("NoteAcc_DEID", "MRN_DEID", "nodule*", "opacity*", "calcification*")
+"""A table with two such columns was meant to be used."""
+
+EXPECTED = "a CSV with NoteAcc_DEID and columns like nodule*lung"
 
 
 def read(path: Path, *, max_voxels: int = MAX_VOXELS) -> StoredVolume:
@@ -118,20 +123,23 @@ def read_rad_chestct(
     labels: dict[str, dict[str, float]] = {}
     patients: dict[str, str] = {}
     problems: list[Problem] = []
-    for path in sorted(root.rglob("*.csv")):
+    for path in tables_in(root, (".csv", ".csv.gz")):
         table = read_table(path)
         if "NoteAcc_DEID" not in table.columns:
+            problems.append(not_used(table, "label", PROMISING, EXPECTED))
             continue
         problems += table.malformed
         if "MRN_DEID" in table.columns:
             patients |= {row.cells["NoteAcc_DEID"]: row.cells["MRN_DEID"] for row in table.rows}
         elif any("*" in column for column in table.columns):
             labels |= _labels(table, variant)
+        else:
+            problems.append(not_used(table, "label", (), EXPECTED))
     volumes = {volume_stem(path.name): path for path in sorted(root.rglob("*.npz"))}
     if not volumes or not labels:
         raise ManifestError(
             f"{root}: found {len(volumes)} volumes and {len(labels)} label rows; expected files "
-            "like trn00001.npz, and a CSV with NoteAcc_DEID and columns like nodule*lung"
+            f"like trn00001.npz, and {EXPECTED}"
         )
     records = []
     for name in sorted(labels.keys() - volumes.keys()):

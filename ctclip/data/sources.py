@@ -1,23 +1,31 @@
 """Whatever a user points at becomes records: a manifest, a data set, DICOM, plain files."""
 
-import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from ctclip.data import ct_rate, dicom, rad_chestct
 from ctclip.data.manifest import VolumeRecord, is_safe_id, read_manifest, split_of, volume_stem
-from ctclip.data.problems import ManifestError, Note, Problem, VolumeError
-from ctclip.data.table import read_table
+from ctclip.data.problems import ManifestError, Note, Problem, VolumeError, some_of
+from ctclip.data.table import (
+    MANIFEST_COLUMNS,
+    MAX_SHOWN,
+    SUFFIXES,
+    in_prepared_cohort,
+    read_table,
+    tables_in,
+)
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["auto", "manifest", "ct-rate", "rad-chestct", "dicom", "files"]
 
-TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
-SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz")
+SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz", ".hdr")
+
+OTHER_IMAGES = (".dcm", ".ima", ".dicom", ".mhd", ".nhdr", ".img", ".mgz", ".mgh", ".mnc", ".zip")
+"""Beside scans, these are probably scans too, and need a reader or a source of their own."""
 
 ACCEPTED = (
     "a manifest (.csv, .csv.gz or .parquet with patient_id, study_id and path), a folder of "
@@ -33,6 +41,11 @@ NAMES: dict[Kind, str] = {
     "dicom": "DICOM, as it holds no table and no other scan",
     "files": "scans without a table, one patient each",
 }
+
+EXPECTED = (
+    f"the columns {', '.join(MANIFEST_COLUMNS)} of a manifest, VolumeName of CT-RATE or "
+    "NoteAcc_DEID of RAD-ChestCT"
+)
 
 
 def read_source(
@@ -76,49 +89,89 @@ def read_source(
 
 
 def detect(path: Path) -> Kind:
-    """What a path is, by its content: tables first, then file types."""
+    """What a path is, by its content: tables first, then file types.
+
+    Raises:
+        ManifestError: If there are tables and none of them says what the source is: read without
+            them, scans would lose their labels, patients and splits in silence.
+    """
     if path.is_file():
-        return "manifest" if path.name.lower().endswith(TABLE_SUFFIXES) else "files"
-    for table in _tables(path):
-        columns = _columns(table)
-        if {"patient_id", "study_id", "path"} <= set(columns):
+        return "manifest" if path.name.lower().endswith(SUFFIXES) else "files"
+    unknown = []
+    for file in tables_in(path):
+        try:
+            table = read_table(file)
+        except ManifestError as error:
+            unknown.append(str(error))
+            continue
+        if set(MANIFEST_COLUMNS) <= set(table.columns):
             return "manifest"
-        if "VolumeName" in columns:
+        if "VolumeName" in table.columns:
             return "ct-rate"
-        if "NoteAcc_DEID" in columns:
+        if "NoteAcc_DEID" in table.columns:
             return "rad-chestct"
-    return "files" if next(_scans(path), None) is not None else "dicom"
-
-
-def _tables(folder: Path) -> Iterator[Path]:
-    return itertools.chain(sorted(folder.rglob("*.csv")), sorted(folder.rglob("*.csv.gz")))
+        unknown.append(f"{file}: header not recognised; found {table.header()}")
+    kind: Kind = "files" if next(_scans(path), None) is not None else "dicom"
+    if unknown:
+        shown = "\n  ".join(unknown[:MAX_SHOWN])
+        more = f"\n  and {len(unknown) - MAX_SHOWN} more" if len(unknown) > MAX_SHOWN else ""
+        raise ManifestError(
+            f"{path}: {len(unknown)} table(s), none of which can be used\n  {shown}{more}\n"
+            f"expected {EXPECTED}; correct the table, or read the scans without it: --kind {kind}"
+        )
+    return kind
 
 
 def _manifest_in(path: Path) -> Path:
     """The one manifest in a folder: scans beside a manifest must not lose their labels."""
     if path.is_file():
         return path
-    found = [table for table in _tables(path) if "patient_id" in _columns(table)]
+    found, others = [], []
+    for file in tables_in(path):
+        try:
+            columns = read_table(file).columns
+        except ManifestError as error:
+            others.append(str(error))
+            continue
+        if "patient_id" in columns:
+            found.append(file)
     if len(found) != 1:
         names = ", ".join(str(table) for table in found) or "none"
-        raise ManifestError(f"{path}: expected one manifest, found {names}; give its path")
+        why = "".join(f"\n  {text}" for text in others[:MAX_SHOWN])
+        raise ManifestError(f"{path}: expected one manifest, found {names}; give its path{why}")
     return found[0]
 
 
-def _columns(path: Path) -> tuple[str, ...]:
-    """A table's columns, none if it is no table; the reader says later what is wrong with it."""
-    try:
-        return read_table(path).columns
-    except ManifestError:
-        return ()
-
-
 def _scans(folder: Path) -> Iterator[Path]:
-    return (
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and file.name.lower().endswith(SCAN_SUFFIXES)
-    )
+    return (file for file in folder.rglob("*") if _is_scan(file))
+
+
+def _is_scan(path: Path) -> bool:
+    """By its name; a folder of such a name too, unless it only wraps the scan (``a.nii/a.nii``)."""
+    if not path.name.lower().endswith(SCAN_SUFFIXES):
+        return False
+    return path.is_file() or not any(_is_scan(inner) for inner in path.rglob("*"))
+
+
+def _not_scans(folder: Path, scans: Sequence[Path]) -> list[Problem]:
+    """The ledger's entries for other files beside scans, one for each kind."""
+    of_kind: dict[str, list[Path]] = defaultdict(list)
+    used = {*scans, *(scan.with_suffix(".img") for scan in scans if scan.suffix == ".hdr")}
+    for file in sorted(set(folder.rglob("*")) - used):
+        inside_scan = not used.isdisjoint(file.parents)
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not (inside_scan or is_hidden or in_prepared_cohort(file, folder)):
+            of_kind[file.suffix.lower()].append(file)
+    problems = []
+    for suffix, files in sorted(of_kind.items()):
+        named = f"{len(files)} {suffix or 'nameless'} file(s): {some_of(files, folder)}"
+        if suffix in OTHER_IMAGES:
+            detail = f"{named}; not read beside other scans, make them a source of their own"
+            problems.append(Problem(str(folder), "refused", "not-used", detail))
+        else:
+            detail = f"{named}; by their name not scans"
+            problems.append(Problem(str(folder), "noted", "not-used", detail))
+    return problems
 
 
 def _plain_files(path: Path) -> tuple[list[VolumeRecord], list[Problem]]:
@@ -136,7 +189,7 @@ def _plain_files(path: Path) -> tuple[list[VolumeRecord], list[Problem]]:
             )
         seen[name] = file
         records.append(_without_report(name, name, name, file))
-    return records, []
+    return records, [] if path.is_file() else _not_scans(path, files)
 
 
 def _without_report(volume: str, study: str, patient: str, path: Path) -> VolumeRecord:

@@ -11,6 +11,7 @@ in the ledger, and takes its volume out of the cohort.
 import csv
 import gzip
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,19 @@ from ctclip.data.problems import COPY_AGAIN, ManifestError, Problem
 
 ClaimedSpacing = tuple[float | None, float | None, float | None]
 """Spacing (D, H, W) in mm as a table gives it, None where it doesn't say."""
+
+MANIFEST_COLUMNS = ("patient_id", "study_id", "path")
+"""Required of the project's own manifest, which is told by them."""
+
+SUFFIXES = (".csv", ".csv.gz", ".tsv", ".parquet", ".xlsx", ".xls")
+"""What a table's name ends in; those of Excel are named in messages and not read."""
+
+OWN_RESULTS = {
+    *("ledger", "auc", "calibration", "comparisons", "curve", "few_shot", "noise", "planted"),
+    *("prompts", "review", "similar", "styles", "subgroups", "thresholds", "uncertain"),
+    "verdicts",
+}
+"""Tables of results, by the stems of their names, that a user may have written beside scans."""
 
 MAX_SHOWN = 10
 """Errors listed in one message; the rest are counted."""
@@ -58,15 +72,55 @@ class Table:
             ManifestError: Naming what is missing, and the separator if that is the cause.
         """
         missing = [column for column in columns if column not in self.columns]
-        if not missing:
-            return
-        hint = ""
+        if missing:
+            raise ManifestError(
+                f"{self.path}: missing column {', '.join(missing)}; found {self.header()}"
+            )
+
+    def header(self) -> str:
+        """The first columns for a message, with the separator's name if that is what is wrong."""
+        shown = ", ".join(column[:80] for column in self.columns[:MAX_SHOWN])
         if len(self.columns) == 1 and any(mark in self.columns[0] for mark in ";\t|"):
-            hint = "; the header is not separated by commas, save the table as a plain CSV"
-        raise ManifestError(
-            f"{self.path}: missing column {', '.join(missing)}; found "
-            f"{', '.join(self.columns[:MAX_SHOWN])}{hint}"
-        )
+            shown += "; the header is not separated by commas, save the table as a plain CSV"
+        return shown
+
+
+def tables_in(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The tables below a folder, sorted; hidden files and what ctclip itself wrote are left out.
+
+    A user may prepare into the folder of the scans and write results there: prepared cohorts,
+    tables of embeddings and scores, and results are not a description of the scans.
+    """
+    found = (
+        path
+        for path in folder.rglob("*")
+        if path.name.lower().endswith(suffixes) and not path.name.startswith(".")
+    )
+    return sorted(path for path in found if path.is_file() and not _is_own(path, folder))
+
+
+def in_prepared_cohort(path: Path, folder: Path) -> bool:
+    """Whether a file below ``folder`` belongs to a cohort that was prepared into it."""
+    inner = path.relative_to(folder).parents
+    return any((folder / parent / "recipe.yaml").is_file() for parent in inner if parent.name)
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    if in_prepared_cohort(path, folder):
+        return True
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            metadata = parquet.read_schema(path).metadata or {}
+        except (OSError, ValueError, pyarrow.ArrowException):
+            return False
+        return any(key.startswith(b"ctclip.") for key in metadata)
+    if path.suffix != ".csv":
+        return False
+    with path.open("rb") as file:
+        return path.stem in OWN_RESULTS or file.read(16).startswith(b"# ctclip-scores")
 
 
 def read_table(path: Path) -> Table:
@@ -79,6 +133,8 @@ def read_table(path: Path) -> Table:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table at {path}")
+    if path.suffix.lower() in (".xlsx", ".xls"):
+        raise ManifestError(f"{path}: an Excel file; save the table as CSV (UTF-8, commas)")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     data = path.read_bytes()
@@ -171,6 +227,30 @@ def _checked(
     if not rows:
         raise ManifestError(f"{path}: a header without rows")
     return Table(path, tuple(header), tuple(rows), tuple(malformed))
+
+
+def not_used(table: Table, meant: str, columns: Iterable[str], expected: str) -> Problem:
+    """The ledger's entry for a table that a data set's reader has no use for.
+
+    Args:
+        table: The table.
+        meant: A pattern of names that promise something, such as ``labels?``.
+        columns: Columns of which two promise it too, however the header is separated.
+        expected: What the reader knows, for the message.
+
+    Raises:
+        ManifestError: If its name or its header says that it was meant to be used.
+    """
+    header = " ".join(table.columns).lower()
+    is_own = set(MANIFEST_COLUMNS) <= set(table.columns)
+    is_named_so = re.search(meant, table.path.name, re.IGNORECASE) is not None
+    num_promising = sum(column.lower() in header for column in columns)
+    if (is_named_so or num_promising > 1) and not is_own:
+        raise ManifestError(
+            f"{table.path}: header not recognised; found {table.header()}; expected {expected}; "
+            "correct it, or move the file out of this folder"
+        )
+    return Problem(str(table.path), "noted", "not-used", f"a table of {table.header()}; not used")
 
 
 def raise_all(path: Path, errors: list[str]) -> None:

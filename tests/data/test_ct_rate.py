@@ -81,6 +81,54 @@ def test_hu_are_preferred_where_both_releases_are_present(tmp_path):
     assert [p.code for p in problems].count("second-copy") == 4
 
 
+def test_labels_alone_are_enough_for_scores_and_training_is_warned_about(tmp_path, caplog):
+    caplog.set_level("INFO", "ctclip")
+    release(tmp_path)
+    (tmp_path / "dataset/reports.csv").unlink()
+    records, problems = read_ct_rate(tmp_path)
+    assert [r.labels["Medical material"] for r in records] == [0, 1, 0, 1]
+    (missing,) = [p for p in problems if p.code == "no-report"]
+    assert (missing.status, missing.path) == ("warned", str(tmp_path))
+    assert "training needs" in missing.detail
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    assert len(prepared.records) == 4
+    assert "no reports, which training needs" in caplog.text
+    (tmp_path / "dataset/labels.csv").unlink()
+    with pytest.raises(ManifestError, match="4 CT-RATE volumes, 0 reports and labels of 0 volumes"):
+        read_ct_rate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "reason"),
+    [
+        ("train_predicted_labels.csv", ";".join(["VolumeName", *FINDINGS]), "separated by commas"),
+        ("x.csv", ";".join(["VolumeName", *FINDINGS]), "separated by commas"),
+        ("x.csv", "Volume,Findings_EN,Impressions_EN", "found Volume, Findings_EN"),
+        ("valid_reports.csv", "VolumeName,Text", "found VolumeName, Text"),
+        ("train_metadata.csv", "name,ZSpacing", "found name, ZSpacing"),
+    ],
+)
+def test_a_table_that_was_meant_and_is_not_recognised_is_an_error(tmp_path, name, header, reason):
+    release(tmp_path)
+    cells = 1 + header.count(",")
+    (tmp_path / name).write_text(f"{header}\n{','.join(['x'] * cells)}\n")
+    with pytest.raises(ManifestError, match="header not recognised") as error:
+        read_ct_rate(tmp_path)
+    for part in (str(tmp_path / name), reason, "expected a CSV with VolumeName"):
+        assert part in str(error.value)
+
+
+def test_a_table_of_something_else_is_noted_as_not_used(tmp_path):
+    release(tmp_path)
+    write_csv(tmp_path / "doses.csv", ["VolumeName", "Dose"], [["train_1_a_1.nii.gz", 3]])
+    write_csv(tmp_path / "people.csv", ["name", "smoker"], [["x", 1]])
+    (tmp_path / "Attributes.xlsx").write_bytes(b"PK")
+    records, problems = read_ct_rate(tmp_path)
+    unused = [p for p in problems if p.code == "not-used"]
+    assert {p.path.rsplit("/", 1)[1] for p in unused} == {"doses.csv", "people.csv"}
+    prepare(records, tmp_path / "out", SMALL, problems=problems, strict=True)
+
+
 def test_missing_partners_are_listed(tmp_path):
     release(tmp_path)
     next(tmp_path.rglob("train_2_a_1.nii.gz")).unlink()

@@ -37,6 +37,17 @@ def release(root, positive=()):
     return root
 
 
+def test_tables_that_are_not_recognised_are_named(tmp_path):
+    release(tmp_path)
+    write_csv(tmp_path / "doses.csv", ["name", "dose"], [["x", 1]])
+    _, problems = rad_chestct.read_rad_chestct(tmp_path)
+    (unused,) = [p for p in problems if p.code == "not-used"]
+    assert unused.path.endswith("doses.csv")
+    (tmp_path / "imgvalid_Labels.csv").write_text("NoteAcc_DEID;nodule*lung\nval00001;1\n")
+    with pytest.raises(ManifestError, match=r"imgvalid_Labels\.csv: header not recognised"):
+        rad_chestct.read_rad_chestct(tmp_path)
+
+
 def test_volumes_run_from_head_to_feet_and_come_out_in_house_orientation(tmp_path):
     release(tmp_path)
     scan = volume.read(tmp_path / "trn00001.npz")

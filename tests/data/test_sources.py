@@ -1,11 +1,20 @@
+import csv
+import re
+from pathlib import Path
+
 import numpy as np
+import pandas
 import pytest
 from dicoms import write_series
+from embedding_tables import random_table
 from scans import chest_hu, cohort, save, write_csv
 
+import ctclip
+from ctclip import cli
 from ctclip.data.cache import prepare
 from ctclip.data.problems import ManifestError
 from ctclip.data.sources import detect, read_source
+from ctclip.data.table import OWN_RESULTS
 from ctclip.data.volume import VolumeConfig
 from ctclip.findings import FINDINGS
 
@@ -19,12 +28,113 @@ def test_sources_are_recognised_by_their_content(tmp_path):
     (tmp_path / "rad").mkdir()
     write_csv(tmp_path / "rad/l.csv", ["NoteAcc_DEID", "nodule*lung"], [["trn1", 0]])
     save(tmp_path / "files/a.nii.gz")
-    (tmp_path / "files/broken.csv").write_bytes(b"\xff\xfe")
     write_series(tmp_path / "dicom", chest_hu((10, 12, 14)))
     assert detect(manifest) == detect(manifest.parent) == "manifest"
     assert detect(tmp_path / "files/a.nii.gz") == "files"
     names = {"rate": "ct-rate", "rad": "rad-chestct", "files": "files", "dicom": "dicom"}
     assert {name: detect(tmp_path / name) for name in names} == names
+
+
+ROW = "patient_id,study_id,path,Emphysema\np1,s1,a.nii.gz,1\n"
+
+UNKNOWN_TABLES = {
+    "manifest.csv": {
+        "line 3: byte 0xe9 is not UTF-8": f"{ROW}p2,s2,{chr(233)}.nii,0\n".encode("latin-1"),
+        "not separated by commas, save": ROW.replace(",", ";").encode(),
+        "unbalanced quote": f'{ROW}p2,s2,"b.nii,0\n'.encode(),
+        "the file is empty": b"",
+        "found patient, study, path": ROW.replace("_id", "").encode(),
+    },
+    "labels.tsv": {"not separated by commas, save": ROW.replace(",", "\t").encode()},
+    "labels.xlsx": {"an Excel file; save the table as CSV": b"PK"},
+    "labels.parquet": {"not a readable Parquet file": b"PAR1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [(name, reason) for name, bad in UNKNOWN_TABLES.items() for reason in bad]
+)
+@pytest.mark.parametrize("kind", ["files", "dicom"])
+def test_a_table_that_can_not_be_used_is_never_passed_over(tmp_path, capsys, name, reason, kind):
+    if kind == "files":
+        save(tmp_path / "in/a.nii.gz")
+    else:
+        write_series(tmp_path / "in/a", chest_hu((24, 24, 32)))
+    (tmp_path / "in" / name).write_bytes(UNKNOWN_TABLES[name][reason])
+    with pytest.raises(SystemExit):
+        cli.prepare([f"--source={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().err
+    assert str(tmp_path / "in" / name) in said
+    assert reason in said
+    assert f"--kind {kind}" in said
+    records, _ = read_source(tmp_path / "in", kind=kind)
+    assert len(records) == 1
+
+
+def test_what_ctclip_wrote_beside_scans_is_no_table_of_them(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    for out in (tmp_path / "prepared", tmp_path / "again"):
+        records, problems = read_source(tmp_path)
+        assert [record.volume_id for record in records] == ["a"]
+        prepared = prepare(records, out, SMALL, problems=problems)
+    assert (prepared.path / "manifest.csv").is_file()
+    random_table(4).save(tmp_path / "archive/volumes.parquet")
+    (tmp_path / "results/zero_shot").mkdir(parents=True)
+    (tmp_path / "results/zero_shot/auc.csv").write_text("finding,auroc\nEmphysema,0.9\n")
+    assert detect(tmp_path) == "files"
+    (tmp_path / "results/mine.csv").write_text("finding,auroc\nEmphysema,0.9\n")
+    with pytest.raises(ManifestError, match=r"mine\.csv: header not recognised; found finding"):
+        detect(tmp_path)
+
+
+def test_every_table_of_results_is_known_as_our_own():
+    package = Path(ctclip.__file__).parent
+    written = set()
+    for part in ("evaluation", "retrieval"):
+        for module in (package / part).glob("*.py"):
+            text = module.read_text(encoding="utf-8")
+            written |= set(re.findall(r'/ "(\w+)\.csv"', text))
+            written |= set(re.findall(r'tables\.setdefault\("(\w+)"', text))
+    assert len(written) > 10
+    assert written <= OWN_RESULTS
+
+
+def test_a_manifest_may_be_parquet_in_its_folder(tmp_path):
+    manifest = cohort(tmp_path, num=2)
+    pandas.read_csv(manifest).to_parquet(tmp_path / "manifest.parquet")
+    manifest.unlink()
+    records, _ = read_source(tmp_path)
+    assert [record.patient_id for record in records] == ["p0", "p1"]
+
+
+def test_what_lies_beside_plain_scans_is_in_the_ledger(tmp_path):
+    hu = save(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").mkdir()
+    (tmp_path / "c.nii.gz").mkdir()
+    save(tmp_path / "c.nii.gz/c.nii.gz", chest_hu(seed=1))
+    (tmp_path / "pair.hdr").write_bytes(b"\0" * 348)
+    (tmp_path / "readme.txt").write_text("x")
+    for number in range(5):
+        (tmp_path / f"sub/{number}.dcm").parent.mkdir(exist_ok=True)
+        (tmp_path / f"sub/{number}.dcm").write_bytes(b"x")
+    records, problems = read_source(tmp_path)
+    assert hu in [record.path for record in records]
+    prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
+    assert {record.volume_id for record in prepared.records} == {"a", "c"}
+    with (prepared.path / "ledger.csv").open(encoding="utf-8") as file:
+        rows = {(row["volume_id"], row["status"], row["code"]): row for row in csv.DictReader(file)}
+    assert ("b", "refused", "directory") in rows
+    assert any(volume == "pair.hdr" and status == "refused" for volume, status, _ in rows)
+    dicoms = "5 .dcm file(s): sub/0.dcm, sub/1.dcm, sub/2.dcm, … (5 in all)"
+    assert dicoms in rows["", "refused", "not-used"]["detail"]
+    assert "1 .txt file(s): readme.txt" in rows["", "noted", "not-used"]["detail"]
+
+
+def test_the_folder_of_bad_scans_is_accounted_for_in_full(test_data):
+    bad = test_data / "data/bad/nifti"
+    records, problems = read_source(bad)
+    assert {record.path for record in records} == set(bad.iterdir())
+    assert problems == []
 
 
 def test_scans_beside_a_manifest_keep_its_labels(tmp_path):
