@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import httpx
@@ -34,7 +34,8 @@ TEXTS = ("pleural effusion", "cardiomegaly with pericardial effusion", "emphysem
 UPLOAD_SHARE = 0.03
 BASELINE_MINUTES = 1.0
 
-Log = dict[str, list[tuple[float, bool]]]
+Log = dict[str, list[tuple[float, str]]]
+"""Per kind of request: seconds, and what went wrong ("" if nothing)."""
 
 
 class Reader:
@@ -49,11 +50,11 @@ class Reader:
         start = time.perf_counter()
         try:
             response = await self.client.request(method, path, **options)  # type: ignore[arg-type]
-            ok = response.status_code == 200
-        except httpx.TransportError:
-            ok = False
-        self.log[what].append((time.perf_counter() - start, ok))
-        if not ok:
+            reason = "" if response.status_code == 200 else f"HTTP {response.status_code}"
+        except httpx.TransportError as error:
+            reason = type(error).__name__
+        self.log[what].append((time.perf_counter() - start, reason))
+        if reason:
             raise ConnectionError(what)
         return response
 
@@ -93,7 +94,8 @@ class Reader:
         while state["state"] not in ("done", "failed"):
             await asyncio.sleep(1)
             state = (await self.call("poll", "GET", f"/api/scans/{job}")).json()
-        self.log["analysis"].append((time.perf_counter() - start, state["state"] == "done"))
+        reason = "" if state["state"] == "done" else str(state.get("code"))
+        self.log["analysis"].append((time.perf_counter() - start, reason))
         return state["scan"]
 
 
@@ -118,7 +120,7 @@ def summary(log: Log, baseline: Log) -> dict[str, dict[str, float]]:
         p50, p95 = np.percentile([seconds for seconds, _ in calls], [50, 95]) * 1000
         found[what] = {
             "count": len(calls),
-            "errors": sum(not ok for _, ok in calls),
+            "errors": sum(bool(reason) for _, reason in calls),
             "p50_ms": round(float(p50)),
             "p95_ms": round(float(p95)),
         }
@@ -161,6 +163,7 @@ async def measured(
         "users": args.users,
         "minutes": args.minutes,
         "errors": sum(row["errors"] for row in requests.values()),
+        "reasons": Counter(reason for calls in log.values() for _, reason in calls if reason),
         "requests_per_s": round(sum(map(len, log.values())) / (60 * args.minutes), 1),
         "server_memory_mb": {
             "before": round(before),

@@ -35,6 +35,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "ctclip_token"
 OWN_HEADER = "x-ctclip"
 MAX_QUESTION_BYTES = 64 << 10
+KEEP_ALIVE_S = 75
+"""A reader thinks longer than uvicorn's five seconds, and a question sent just as the server closes
+an idle connection is lost: browsers don't send a POST again."""
+
 KEPT_JOBS = 1000
 
 SECURITY_HEADERS = {
@@ -280,7 +284,14 @@ def serve(service: CaseService, config: ServeConfig) -> None:
         console.print(f"token (enter it in the browser): {config.token}", highlight=False)
     app = build(service, config)
     console.print(f"similar cases: http://{config.host}:{config.port}/  (Ctrl-C ends it)")
-    uvicorn.run(app, host=config.host, port=config.port, access_log=False, log_level="warning")
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        access_log=False,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
 
 
 def _guard(app: FastAPI, config: ServeConfig) -> None:
