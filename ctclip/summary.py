@@ -145,7 +145,7 @@ def _hits(hits_file: Path) -> pd.DataFrame:
         columns={
             "study_id": "study",
             "volume_id": "volume",
-            "is_ordinary": "no better than a random pair",
+            "is_ordinary": "like many random pairs",
             "shared": "findings of both",
             "only_hit": "only this case",
             "only_query": "only the query",
