@@ -186,13 +186,13 @@ def find_series(
     unique = {(one.sop_uid or str(one.file), one.frame): one for one in slices}
     if len(unique) < len(slices):
         text = f"{len(slices) - len(unique)} files are copies of another (same SOP UID); ignored"
-        notes.append(Note("repeated-file", text))
+        notes.append(Note("repeated-file", text, "note"))
     folder = path if path.is_dir() else path.parent
     if bare:
         text = "the DICOM preamble is missing; read as implicit little endian"
         notes.append(Note("no-preamble", f"{text}: {some_of(bare, folder)}", "warn"))
     for reason, skipped in sorted(dropped.items()):
-        level: Level = "info" if reason == "not DICOM" else "warn"
+        level: Level = "note" if reason == "not DICOM" else "warn"
         text = f"{len(skipped)} file(s) skipped: {reason}: {some_of(skipped, folder)}"
         notes.append(Note("skipped-file", text, level))
     if not unique:
@@ -213,6 +213,9 @@ def find_series(
             notes.append(Note("scout", text, "warn"))
         if images:
             series.append(Series(uid, tuple(images)))
+        else:
+            text = f"series {uid} holds only {len(members)} localizer(s); left out"
+            notes.append(Note("localizer", text, "note"))
     if not series:
         raise VolumeError(path, "not-ct", "only localizers, no CT volume")
     return series

@@ -212,9 +212,8 @@ def _dicom_studies(folder: Path) -> tuple[list[VolumeRecord], list[Problem]]:
             raise ManifestError(f"{folder}: nothing to prepare; expected {ACCEPTED}") from None
         raise ManifestError(str(error)) from None
     problems = [
-        Problem(str(folder), "warned", note.code, note.text)
+        Problem(str(folder), "noted" if note.level == "note" else "warned", note.code, note.text)
         for note in notes
-        if note.level != "info"
     ]
     studies: dict[str, list[dicom.Series]] = defaultdict(list)
     for one in found:

@@ -173,12 +173,29 @@ def test_a_dicom_archive_gives_the_best_series_of_each_study(tmp_path):
     write_series(tmp_path / "one/short", hu[1][:10], series="1.2", edit=study(1))
     write_series(tmp_path / "two", hu[2], series="1.3", edit=study(2))
     write_series(tmp_path / "three", hu[1][:4], series="1.4", edit=study(3))
+
+    def scout(number, dataset):
+        study(1)(number, dataset)
+        dataset.ImageType = "ORIGINAL\\PRIMARY\\LOCALIZER"
+
+    write_series(tmp_path / "one/scout", hu[1][:2], series="1.5", edit=scout)
+    (tmp_path / "one/README").write_text("from the archive")
     records, problems = read_source(tmp_path)
     assert [(r.patient_id, r.study_id, r.volume_id) for r in records] == [
         ("p1", "1.9.1", "1.1"),
         ("p2", "1.9.2", "1.3"),
     ]
-    assert {(p.status, p.volume_id) for p in problems} == {("noted", "1.2"), ("refused", "1.4")}
+    left_out = {
+        ("noted", "other-series", "1.2"),
+        ("refused", "no-axial-series", "1.4"),
+        ("noted", "localizer", ""),
+        ("noted", "skipped-file", ""),
+    }
+    assert {(p.status, p.code, p.volume_id) for p in problems} == left_out
+    assert {word for p in problems for word in ("1.5", "README") if word in p.detail} == {
+        "1.5",
+        "README",
+    }
     prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
     assert {r.volume_id for r in prepared.records} == {"1.1", "1.3"}
 
