@@ -192,7 +192,7 @@ def find_series(
         text = "the DICOM preamble is missing; read as implicit little endian"
         notes.append(Note("no-preamble", f"{text}: {some_of(bare, folder)}", "warn"))
     for reason, skipped in sorted(dropped.items()):
-        level: Level = "note" if reason == "not DICOM" else "warn"
+        level: Level = "info" if reason == "not DICOM" else "warn"
         text = f"{len(skipped)} file(s) skipped: {reason}: {some_of(skipped, folder)}"
         notes.append(Note("skipped-file", text, level))
     if not unique:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 Level = Literal["info", "note", "warn", "hold"]
-Status = Literal["refused", "corrected", "warned", "noted"]
+Status = Literal["refused", "left-out", "corrected", "warned", "noted"]
 
 COPY_AGAIN = "download or copy the file again"
 """What to do about a file that ends early or fails its checksum."""
@@ -56,7 +56,8 @@ class Problem:
     """The file, and for a table its line (``labels.csv:418``)."""
 
     status: Status
-    """``refused`` never reaches a batch; the others do. ``noted`` is for counts, not for worry."""
+    """``refused`` and ``left-out`` never reach a batch; the others do. Nothing is wrong with what
+    is left out: a rule preferred another. ``noted`` is for counts, not for worry."""
 
     code: str
     detail: str

@@ -8,7 +8,15 @@ from typing import Literal
 
 from ctclip.data import ct_rate, dicom, rad_chestct
 from ctclip.data.manifest import VolumeRecord, is_safe_id, read_manifest, split_of, volume_stem
-from ctclip.data.problems import ManifestError, Note, Problem, VolumeError, some_of
+from ctclip.data.problems import (
+    Level,
+    ManifestError,
+    Note,
+    Problem,
+    Status,
+    VolumeError,
+    some_of,
+)
 from ctclip.data.table import (
     MANIFEST_COLUMNS,
     MAX_SHOWN,
@@ -46,6 +54,10 @@ EXPECTED = (
     f"the columns {', '.join(MANIFEST_COLUMNS)} of a manifest, VolumeName of CT-RATE or "
     "NoteAcc_DEID of RAD-ChestCT"
 )
+
+
+SERIES_STATUS: dict[Level, Status] = {"info": "noted", "note": "left-out", "warn": "warned"}
+"""What a note on the files of a DICOM archive is in the ledger."""
 
 
 def read_source(
@@ -212,8 +224,7 @@ def _dicom_studies(folder: Path) -> tuple[list[VolumeRecord], list[Problem]]:
             raise ManifestError(f"{folder}: nothing to prepare; expected {ACCEPTED}") from None
         raise ManifestError(str(error)) from None
     problems = [
-        Problem(str(folder), "noted" if note.level == "note" else "warned", note.code, note.text)
-        for note in notes
+        Problem(str(folder), SERIES_STATUS[note.level], note.code, note.text) for note in notes
     ]
     studies: dict[str, list[dicom.Series]] = defaultdict(list)
     for one in found:
@@ -228,7 +239,7 @@ def _dicom_studies(folder: Path) -> tuple[list[VolumeRecord], list[Problem]]:
             problems.append(
                 Problem(where, "refused", "no-axial-series", "no axial series of 8 slices", one.uid)
                 if best is None
-                else Problem(where, "noted", "other-series", f"{best.uid} is used", one.uid)
+                else Problem(where, "left-out", "other-series", f"{best.uid} is used", one.uid)
             )
         if best is None:
             continue

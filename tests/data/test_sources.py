@@ -186,9 +186,9 @@ def test_a_dicom_archive_gives_the_best_series_of_each_study(tmp_path):
         ("p2", "1.9.2", "1.3"),
     ]
     left_out = {
-        ("noted", "other-series", "1.2"),
+        ("left-out", "other-series", "1.2"),
         ("refused", "no-axial-series", "1.4"),
-        ("noted", "localizer", ""),
+        ("left-out", "localizer", ""),
         ("noted", "skipped-file", ""),
     }
     assert {(p.status, p.code, p.volume_id) for p in problems} == left_out
@@ -198,6 +198,9 @@ def test_a_dicom_archive_gives_the_best_series_of_each_study(tmp_path):
     }
     prepared = prepare(records, tmp_path / "out", SMALL, problems=problems)
     assert {r.volume_id for r in prepared.records} == {"1.1", "1.3"}
+    chosen = [p for p in problems if p.code == "other-series"]
+    with pytest.raises(ManifestError, match="1.1 is used"):
+        prepare(records, tmp_path / "out", SMALL, problems=chosen, strict=True)
 
 
 def test_dicom_folders_without_identifiers_are_kept_apart_and_warned_about(tmp_path):
