@@ -54,7 +54,9 @@ def prepare(argv: Sequence[str] | None = None) -> None:
         help="RAD-ChestCT: which mapping to the 18 findings",
     )
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
-    parser.add_argument("--strict", action="store_true", help="any ledger entry but noted ones is an error")
+    parser.add_argument(
+        "--strict", action="store_true", help="any ledger entry but noted ones is an error"
+    )
     add_accept(parser)
     parser.add_argument(
         "--rescale",

@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_cohort
 from training_runs import Run, column, losses_of, pretrain, weights_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    return toy_cohort.build(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

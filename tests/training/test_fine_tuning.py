@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_cohort
 import yaml
 from safetensors.torch import load_file
 from training_runs import Run, column, pretrain, weights_of
@@ -16,11 +15,6 @@ from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.text import TextConfig, build_tokenizer
 
 VOCABFINE = Path(__file__).parents[2] / "configs" / "pretrain" / "vocabfine.yaml"
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    return toy_cohort.build(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,6 @@ from ctclip.data.cohort import PreparedCohort
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    return toy_cohort.build(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
 def undisturbed(cohort, tmp_path_factory):
     """A run of one process in one piece."""
     out = tmp_path_factory.mktemp("undisturbed")
