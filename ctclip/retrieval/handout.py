@@ -45,6 +45,9 @@ def as_html(service: "CaseService", handle: str, language: str = "en") -> str:
         for row in _readings(result, words)
     )
     asked = html.escape(_asked(result, words))
+    warnings = "".join(
+        f"<p class=note>{html.escape(text)}</p>" for text in _warnings(result, words)
+    )
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2rem;max-width:70rem}"
         "table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ccc;"
@@ -55,7 +58,7 @@ def as_html(service: "CaseService", handle: str, language: str = "en") -> str:
         f'<!doctype html><html lang="{language}"><meta charset="utf-8">'
         f"<title>{html.escape(words['title'])}</title><style>{style}</style>"
         f"<h1>{html.escape(words['title'])}</h1><p class=note>{html.escape(words['research'])}</p>"
-        f"<p>{asked}<br>{html.escape(result['time'])} · {html.escape(words['model'])} "
+        f"{warnings}<p>{asked}<br>{html.escape(result['time'])} · {html.escape(words['model'])} "
         f"{result['model']}</p><table><tr>{head}</tr>"
         + "".join(f"<tr>{row}</tr>" for row in rows)
         + f'</table><img alt="" src="data:image/png;base64,{picture}">'
@@ -95,6 +98,7 @@ def as_pdf(service: "CaseService", handle: str, language: str = "en") -> bytes:
     story: list[Flowable] = [
         _paragraph(words["title"], 15),
         _paragraph(words["research"], 10),
+        *(_paragraph(text, 10) for text in _warnings(result, words)),
         Spacer(0, 6),
         _paragraph(_asked(result, words), 9),
         _paragraph(made, 8),
@@ -131,6 +135,14 @@ def _paragraph(text: str, size: float) -> Any:
         html.escape(text, quote=False),
     )
     return Paragraph(marked, style)
+
+
+def _warnings(result: dict[str, Any], words: dict[str, Any]) -> list[str]:
+    """What the reader of the scan doubts; a result saved before there were any has none."""
+    return [
+        " — ".join(filter(None, (words["warnings"].get(warning["code"]), warning["text"])))
+        for warning in result.get("warnings", [])
+    ]
 
 
 def _cases(result: dict[str, Any], words: dict[str, Any]) -> list[list[str]]:

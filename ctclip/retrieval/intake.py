@@ -48,6 +48,17 @@ class Limits:
     """Uploads that may wait; more are told to come back."""
 
 
+@dataclass(frozen=True, eq=False)
+class Intake:
+    """An uploaded scan that can be used."""
+
+    hu: np.ndarray
+    """``(D, H, W)`` int16 HU, preprocessed."""
+
+    warnings: tuple[dict[str, str], ...] = ()
+    """``code`` and ``text`` of what its sender has to know: not a chest, a slab, rescaled …"""
+
+
 class UploadError(ValueError):
     """An upload that can't be used; ``code`` is stable, the text is for its sender."""
 
@@ -56,7 +67,7 @@ class UploadError(ValueError):
         self.code = code
 
 
-def prepare(upload: Path, folder: Path, config: "VolumeConfig", limits: Limits) -> np.ndarray:
+def prepare(upload: Path, folder: Path, config: "VolumeConfig", limits: Limits) -> Intake:
     """Read an uploaded file and preprocess it.
 
     Args:
@@ -64,9 +75,6 @@ def prepare(upload: Path, folder: Path, config: "VolumeConfig", limits: Limits) 
         folder: Empty scratch folder.
         config: The model's preprocessing.
         limits: Its cost.
-
-    Returns:
-        ``(D, H, W)`` int16 HU.
 
     Raises:
         UploadError: If it is no usable scan.
@@ -154,7 +162,7 @@ def _head(path: Path) -> bytes:
         return file.read(352)
 
 
-def _read_in_child(source: Path, out: Path, config: "VolumeConfig", limits: Limits) -> np.ndarray:
+def _read_in_child(source: Path, out: Path, config: "VolumeConfig", limits: Limits) -> Intake:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOAD)
     reason = out.with_suffix(".json")
@@ -173,10 +181,7 @@ def _read_in_child(source: Path, out: Path, config: "VolumeConfig", limits: Limi
     if child.exitcode != 0 or not out.is_file():
         logger.warning("the reader of an upload ended with status %s", child.exitcode)
         raise UploadError("unreadable", "the scan could not be decoded; the file may be damaged")
-    if said.get("warnings"):
-        logger.warning("an upload is used with warnings: %s", ", ".join(said["warnings"]))
-    voxels: np.ndarray = np.load(out, allow_pickle=False)
-    return voxels
+    return Intake(np.load(out, allow_pickle=False), tuple(said["warnings"]))
 
 
 def _read(source: Path, out: Path, reason: Path, config: "VolumeConfig", memory_mib: int) -> None:
@@ -198,14 +203,21 @@ def _read(source: Path, out: Path, reason: Path, config: "VolumeConfig", memory_
             detail = f"{found.held[0].text}; the page reads scans in HU only"
             said = {"code": found.held[0].code, "detail": detail}
         else:
-            said = {"warnings": [note.code for note in found.warnings]}
+            notes = [
+                {"code": note.code, "text": _without(source, note.text)} for note in found.warnings
+            ]
+            said = {"warnings": notes}
             np.save(out, volume.preprocess(found.volume, config))
     except volume.VolumeError as error:
-        detail = error.detail.replace(str(source), "").replace(str(source.parent), "")
-        said = {"code": error.code, "detail": detail}
+        said = {"code": error.code, "detail": _without(source, error.detail)}
     except MemoryError:
         said = {"code": "too-large", "detail": "the scan needs more memory than is allowed"}
     reason.write_text(json.dumps(said), encoding="utf-8")
+
+
+def _without(source: Path, text: str) -> str:
+    """A text without the server's paths."""
+    return text.replace(str(source), "").replace(str(source.parent), "")
 
 
 def _plain(error: Exception) -> str:

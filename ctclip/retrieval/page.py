@@ -130,9 +130,12 @@ class Jobs:
         config = self._service.scorer.checkpoint.volume_config
         try:
             job.state = "reading"
-            voxels = intake.prepare(upload, folder, config, self._limits)
+            scan = intake.prepare(upload, folder, config, self._limits)
+            if scan.warnings:
+                codes = ", ".join(warning["code"] for warning in scan.warnings)
+                logger.warning("an upload is used with warnings: %s", codes)
             job.state = "analysing"
-            job.scan = self._service.analyse(voxels)
+            job.scan = self._service.analyse(scan)
             job.state = "done"
         except UploadError as error:
             job.code, job.detail, job.state = error.code, str(error), "failed"

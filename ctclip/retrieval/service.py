@@ -19,6 +19,7 @@ from ctclip.embeddings import EmbeddingError, embed_voxels, space_of
 from ctclip.findings import FINDINGS
 from ctclip.retrieval import pictures
 from ctclip.retrieval.filters import Filter
+from ctclip.retrieval.intake import Intake
 from ctclip.retrieval.phrase import findings_in, text_query
 from ctclip.retrieval.question import (
     EXCERPT_FIELDS,
@@ -81,6 +82,9 @@ class Scan:
     maps: np.ndarray
     slice_hu: np.ndarray
     """Voxels for the picture of an exported result."""
+
+    warnings: tuple[dict[str, str], ...]
+    """As :class:`Intake` has them."""
 
     until: float
 
@@ -199,15 +203,9 @@ class CaseService:
         """Studies of the archive to choose from."""
         return self.archive.studies(beginning)
 
-    def analyse(self, hu: np.ndarray) -> str:
-        """Embed and score a preprocessed scan and remember it.
-
-        Args:
-            hu: ``(D, H, W)`` int16 from ``intake.prepare``.
-
-        Returns:
-            A handle for :class:`Question`.
-        """
+    def analyse(self, upload: Intake) -> str:
+        """Embed and score an uploaded scan and remember it; returns a handle for ``Question``."""
+        hu = upload.hu
         checkpoint = self.scorer.checkpoint
         with self._model:
             prompt, report = embed_voxels(checkpoint, hu, device=self.device)
@@ -219,6 +217,7 @@ class CaseService:
             thumbnail=pictures.thumbnail(hu, checkpoint.volume_config.spacing_mm),
             maps=maps,
             slice_hu=pictures.reduced(hu),
+            warnings=upload.warnings,
             until=time.monotonic() + SCAN_LIFE_S,
         )
         handle = secrets.token_urlsafe(16)
@@ -233,7 +232,8 @@ class CaseService:
             EmbeddingError: If a study isn't in the archive.
             ValueError: If the question makes no sense.
         """
-        query, scores, labels = self._query(question)
+        scan = self._scan(question.scan) if question.scan else None
+        query, scores, labels = self._query(question, scan)
         hits = self.archive.search(query, question.k, question.per_patient, question.where)
         positive = findings_of(scores, labels, self.reference)
         result = {
@@ -241,6 +241,7 @@ class CaseService:
             "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
             "model": self.scorer.checkpoint.sha256[:12],
             "question": asdict(question),
+            "warnings": [] if scan is None else list(scan.warnings),
             "readings": None if scores is None else [asdict(r) for r in self._read(scores)],
             "hits": [self._describe(hit, positive) for hit in hits],
         }
@@ -309,11 +310,12 @@ class CaseService:
         except NotFoundError:
             return None
 
-    def _query(self, question: Question) -> tuple[Query, np.ndarray | None, np.ndarray | None]:
+    def _query(
+        self, question: Question, scan: Scan | None
+    ) -> tuple[Query, np.ndarray | None, np.ndarray | None]:
         """The point to search, and what is known of the scan or study behind it."""
         like, scores, labels = [], None, None
-        if question.scan:
-            scan = self._scan(question.scan)
+        if scan is not None:
             like.append(Query(vector=scan.vector, name="scan"))
             scores = scan.scores
         for study in (question.study, *question.more):

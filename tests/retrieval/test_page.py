@@ -21,6 +21,7 @@ from dataclasses import replace
 import nibabel as nib
 import pypdf
 from fastapi.testclient import TestClient
+from scans import chest_hu, save
 
 from ctclip.findings import FINDINGS
 from ctclip.retrieval.intake import Limits, UploadError, unpack
@@ -146,6 +147,24 @@ def test_a_result_has_a_permanent_link_and_can_be_saved(client, archive):
         assert pdf.count(word) >= 2
         assert all(hit["study"] in pdf for hit in result["hits"])
     assert client.get(f"{base}/result.pdf?language=<b>").status_code == 422
+
+
+def test_what_is_doubtful_about_an_upload_stands_on_its_result(client, tmp_path, caplog):
+    caplog.set_level("WARNING", "ctclip")
+    job = upload(client, save(tmp_path / "slab.nii.gz", chest_hu((12, 44, 64))).read_bytes())
+    assert caplog.messages == ["an upload is used with warnings: partial-chest"]
+
+    result = ask(client, scan=job["scan"], k=2).json()
+
+    (warning,) = result["warnings"]
+    assert warning["code"] == "partial-chest"
+    assert "mm from top to bottom" in warning["text"]
+    for language, word in (("en", "only a part of a chest"), ("zh", "只包含部分胸部")):
+        base = f"/api/results/{result['id']}/result"
+        assert word in client.get(f"{base}.html?language={language}").text
+        assert word in pdf_text(client.get(f"{base}.pdf?language={language}").content)
+    study = result["hits"][0]["study"]
+    assert ask(client, study=study, k=2).json()["warnings"] == []
 
 
 def pdf_text(data):

@@ -17,6 +17,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 import uvicorn
 from playwright import sync_api
+from scans import chest_hu, save
 
 from ctclip.retrieval.page import ServeConfig, build
 
@@ -240,6 +241,17 @@ def upload_and_wait(tab, path):
     both_shown(tab)
     assert tab.locator("#bars li").count() == 18
     assert tab.locator("#cases li h3").count() > 0
+
+
+def test_a_slab_is_shown_with_a_warning_that_the_next_answer_takes_away(tab, tmp_path):
+    upload_and_wait(tab, save(tmp_path / "slab.nii.gz", chest_hu((12, 44, 64))))
+    assert "only a part of a chest" in tab.inner_text("#warnings")
+    tab.click("#language")
+    assert "只包含部分胸部" in tab.inner_text("#warnings")
+
+    tab.click("#language")
+    search_study(tab)
+    assert tab.inner_text("#warnings") == ""
 
 
 def test_a_real_ct_and_a_real_dicom_series_are_scored_and_find_cases(tab, test_data, tmp_path):

@@ -215,6 +215,7 @@ function show(result) {
 
 function render() {
   const { result } = page;
+  renderWarnings(result.warnings ?? []);
   renderReadings(result.readings);
   const base = `/api/results/${result.id}`;
   $("as-html").href = `${base}/result.html?language=${page.language}`;
@@ -227,6 +228,11 @@ function render() {
   if (!hasHits) $("cases").append(make("li", { textContent: word("no_cases") }));
   else if (!hasPictures) $("cases").prepend(make("p", { className: "hint", textContent: word("no_pictures") }));
   mark();
+}
+
+function renderWarnings(warnings) {
+  $("warnings").replaceChildren(...warnings.map(({ code, text }) =>
+    make("li", { textContent: [word("warnings")[code], text].filter(Boolean).join(" — ") })));
 }
 
 function renderReadings(readings) {
