@@ -102,9 +102,9 @@ def save(
         head: A classifier on the model's embeddings.
 
     Raises:
-        ValueError: If preprocessing and model don't fit each other.
+        ValueError: If preprocessing and model don't fit each other, or the name is another kind's.
     """
-    path = Path(path)
+    path = _checkpoint_name(path)
     if volume_config.channels != model_config.channels:
         raise ValueError(
             f"the volumes have {volume_config.channels} HU windows, the model takes "
@@ -234,7 +234,7 @@ def convert_ct_clip(
 
     Args:
         source: ``CT-CLIP_v2.pt``, ``CT_VocabFine_v2.pt``, ``CT_LiPro_v2.pt`` or a training file.
-        out: The ``.safetensors`` to write.
+        out: The ``.safetensors`` to write; an existing file is replaced.
         tokenizer: Hugging Face name or directory, as for :func:`load`.
 
     Returns:
@@ -242,10 +242,13 @@ def convert_ct_clip(
 
     Raises:
         FileNotFoundError: If the file or the tokenizer can't be found.
-        ValueError: If the file isn't CT-CLIP's in every key.
+        ValueError: If the file isn't CT-CLIP's in every key, or ``out`` can't name a
+            checkpoint.
     """
-    conversion = convert.from_ct_clip(source)
-    path = Path(source)
+    path, out = Path(source), _checkpoint_name(out)
+    if path.exists() and out.exists() and path.samefile(out):
+        raise ValueError(f"{out} is the file to convert; name another to write")
+    conversion = convert.from_ct_clip(path)
     loaded = _from_conversion(conversion, path, tokenizer or _tokenizer_beside(path))
     save(
         out,
@@ -257,6 +260,13 @@ def convert_ct_clip(
         loaded.head,
     )
     return conversion
+
+
+def _checkpoint_name(path: str | Path) -> Path:
+    """Names tell the kinds of files apart: under another's a checkpoint can't be read again."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} is no name for a checkpoint; end it in .safetensors")
+    return Path(path)
 
 
 def _tokenizer_beside(path: Path) -> str:
@@ -278,7 +288,13 @@ def _load_ct_clip(path: Path, device: str | torch.device, tokenizer: str) -> Che
 
 def _from_conversion(conversion: convert.Conversion, path: Path, tokenizer: str) -> Checkpoint:
     model_config = conversion.model_config
-    text = Tokenizer.from_pretrained(tokenizer, model_config.text.context_length)
+    try:
+        text = Tokenizer.from_pretrained(tokenizer, model_config.text.context_length)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} doesn't hold its tokenizer: put tokenizer.json or vocab.txt beside it, or "
+            f"give ctclip-convert their folder with --tokenizer ({error})"
+        ) from None
     if text.vocab_size > conversion.model.vocab_size:
         raise CheckpointError(
             f"the tokenizer {tokenizer!r} has {text.vocab_size} words, the text tower of {path} "

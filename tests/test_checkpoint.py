@@ -195,6 +195,13 @@ def test_a_vocabulary_beside_the_file_is_taken(ct_clip_file, tmp_path):
     assert beside.tokenizer.to_json() == named.tokenizer.to_json()
 
 
+def test_without_a_network_it_is_said_where_a_vocabulary_goes(ct_clip_file):
+    path, _, _ = ct_clip_file
+
+    with pytest.raises(FileNotFoundError, match=r"vocab\.txt beside it, or .* with --tokenizer"):
+        checkpoint.load(path)
+
+
 def test_a_converted_file_is_an_ordinary_checkpoint(ct_clip_file, tmp_path):
     path, tokenizer, original = ct_clip_file
 

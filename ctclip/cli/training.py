@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ctclip.cli.command import command, new_parser, parse, require_cohort
@@ -56,21 +57,32 @@ def convert(argv: Sequence[str] | None = None) -> None:
     """Turn a released checkpoint of CT-CLIP, VocabFine or ClassFine into a ctclip checkpoint.
 
     ctclip-convert --from ct-clip CT-CLIP_v2.pt --out ct_clip.safetensors
+
+    The files don't hold their tokenizer: tokenizer.json or vocab.txt is taken from beside the
+    source, else CXR-BERT's by name.
     """
     parser = new_parser(convert.__doc__)
     parser.add_argument("source", help=".pt file; it is read without running code from it")
     parser.add_argument("--from", dest="kind", choices=["ct-clip"], default="ct-clip")
-    parser.add_argument("--out", required=True, help="the .safetensors file to write")
-    parser.add_argument("--tokenizer", help="Hugging Face name or folder; CXR-BERT by default")
+    parser.add_argument("--out", help="the .safetensors to write; by default beside the source")
+    parser.add_argument(
+        "--tokenizer", help="Hugging Face name or folder; by default beside the source"
+    )
     args = parse(parser, argv)
+
+    out = Path(args.out or Path(args.source).with_suffix(".safetensors"))
+    if args.out is None and out.exists():
+        raise ValueError(f"{out} exists; name the file to write with --out")
 
     from rich.console import Console
 
     from ctclip import checkpoint
     from ctclip.models.convert import report
 
-    conversion = checkpoint.convert_ct_clip(args.source, args.out, tokenizer=args.tokenizer)
-    Console().print(report(conversion))
+    conversion = checkpoint.convert_ct_clip(args.source, out, tokenizer=args.tokenizer)
+    console = Console()
+    console.print(report(conversion))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
 @command

@@ -4,18 +4,14 @@ Reads the released files (CT-CLIP, VocabFine, ClassFine) and those that its trai
 accounts for every key, and never runs code from a file.
 """
 
-import pickle
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ctclip.findings import FINDINGS
@@ -23,37 +19,42 @@ from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.head import LinearHead
 from ctclip.models.text import CXR_BERT, TextConfig
+from ctclip.models.weights import read_weights
 
 _PREFIXES = ("module.", "trained_model.", "_orig_mod.")
 """What DDP, the ClassFine script and torch.compile put before a key."""
 
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile)
-
 _V = "visual_transformer."
 _BLOCK = rf"{re.escape(_V)}enc_(spatial|temporal)_transformer\.layers\.(\d+)\."
 
+_L = f"{_V}enc_*_transformer.layers.#."
 _RENAMES: tuple[tuple[str, str], ...] = (
-    (r"temperature", "logit_scale"),
-    (r"to_text_latent\.weight", "text.proj.weight"),
-    (r"to_visual_latent\.weight", "visual.proj.weight"),
-    (r"text_transformer\.(.+)", r"text.transformer.\1"),
-    (rf"{_V}to_patch_emb\.1\.(weight|bias)", r"visual.stem.0.\1"),
-    (rf"{_V}to_patch_emb\.2\.(weight|bias)", r"visual.stem.1.\1"),
-    (rf"{_V}to_patch_emb\.3\.(weight|bias)", r"visual.stem.2.\1"),
-    (rf"{_V}spatial_rel_pos_bias\.net\.0\.0\.(weight|bias)", r"visual.offset_bias.net.0.\1"),
-    (rf"{_V}spatial_rel_pos_bias\.net\.1\.0\.(weight|bias)", r"visual.offset_bias.net.2.\1"),
-    (rf"{_V}spatial_rel_pos_bias\.net\.2\.(weight|bias)", r"visual.offset_bias.net.4.\1"),
-    (rf"{_BLOCK}0\.dsconv\.(weight|bias)", r"visual.\1.\2.position.conv.\3"),
-    (rf"{_BLOCK}1\.norm\.gamma", r"visual.\1.\2.attn.norm.weight"),
-    (rf"{_BLOCK}1\.(q_scale|k_scale|to_q\.weight|to_kv\.weight)", r"visual.\1.\2.attn.\3"),
-    (rf"{_BLOCK}1\.to_out\.weight", r"visual.\1.\2.attn.proj.weight"),
-    (rf"{_BLOCK}3\.0\.(weight|bias)", r"visual.\1.\2.mlp.norm.\3"),
-    (rf"{_BLOCK}3\.1\.weight", r"visual.\1.\2.mlp.fc1.weight"),
-    (rf"{_BLOCK}3\.4\.weight", r"visual.\1.\2.mlp.fc2.weight"),
-    (rf"{_V}enc_(spatial|temporal)_transformer\.norm_out\.gamma", r"visual.\1_norm.weight"),
-    (rf"{_V}vq\._codebook\.embed", "visual.codebook.embed"),
-    (rf"{_V}vq\._codebook\.cluster_size", "visual.codebook.usage"),
+    ("temperature", "logit_scale"),
+    ("to_text_latent.weight", "text.proj.weight"),
+    ("to_visual_latent.weight", "visual.proj.weight"),
+    ("text_transformer.**", "text.transformer.**"),
+    (f"{_V}to_patch_emb.1.*", "visual.stem.0.*"),
+    (f"{_V}to_patch_emb.2.*", "visual.stem.1.*"),
+    (f"{_V}to_patch_emb.3.*", "visual.stem.2.*"),
+    (f"{_V}spatial_rel_pos_bias.net.0.0.*", "visual.offset_bias.net.0.*"),
+    (f"{_V}spatial_rel_pos_bias.net.1.0.*", "visual.offset_bias.net.2.*"),
+    (f"{_V}spatial_rel_pos_bias.net.2.*", "visual.offset_bias.net.4.*"),
+    (f"{_L}0.dsconv.*", "visual.*.#.position.conv.*"),
+    (f"{_L}1.norm.gamma", "visual.*.#.attn.norm.weight"),
+    (f"{_L}1.q_scale", "visual.*.#.attn.q_scale"),
+    (f"{_L}1.k_scale", "visual.*.#.attn.k_scale"),
+    (f"{_L}1.to_q.weight", "visual.*.#.attn.to_q.weight"),
+    (f"{_L}1.to_kv.weight", "visual.*.#.attn.to_kv.weight"),
+    (f"{_L}1.to_out.weight", "visual.*.#.attn.proj.weight"),
+    (f"{_L}3.0.*", "visual.*.#.mlp.norm.*"),
+    (f"{_L}3.1.weight", "visual.*.#.mlp.fc1.weight"),
+    (f"{_L}3.4.weight", "visual.*.#.mlp.fc2.weight"),
+    (f"{_V}enc_*_transformer.norm_out.gamma", "visual.*_norm.weight"),
+    (f"{_V}vq._codebook.embed", "visual.codebook.embed"),
+    (f"{_V}vq._codebook.cluster_size", "visual.codebook.usage"),
 )
+"""The file's names and ours, read in both directions: ``*`` is a word, ``#`` a number, ``**`` the
+rest. Names that no model has are found when the model is filled."""
 
 _IGNORED: tuple[tuple[str, str], ...] = (
     (r"text_transformer\.embeddings\.position_ids", "a counter that transformers no longer stores"),
@@ -66,6 +67,9 @@ _IGNORED: tuple[tuple[str, str], ...] = (
     (rf"{_V}vq\._codebook\.initted", "a flag: the codebook is initialised"),
     (rf"{_V}.+\.beta", "a fixed zero"),
 )
+
+_CLASSIFIER = ("classifier.weight", "classifier.bias")
+"""ClassFine's head, which has a ReLU before the linear layer."""
 
 _DEAD_BUT_PRESENT = re.compile(rf"{_V}.+\.(norm|norm_out)\.beta")
 
@@ -123,19 +127,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ConversionError: If it holds anything but tensors in dictionaries.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0] or "it ends early"
-        raise ConversionError(
-            f"{path} can't be read as plain tensors: it is damaged, or holds Python objects that "
-            f"would run code when loaded, which ctclip never does ({reason})"
-        ) from None
+        content = read_weights(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
     for outer in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(outer), dict):
             content = content[outer]
@@ -146,7 +141,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ConversionError(
             f"{path} is not a CT-CLIP checkpoint: {', '.join(not_tensors[:5])} are no tensors"
         )
-    return {_without_prefixes(str(key)): value for key, value in content.items()}
+    origins: dict[str, str] = {}
+    for key in map(str, content):
+        name = _without_prefixes(key)
+        if name in origins:
+            raise ConversionError(
+                f"{path} holds both {origins[name]} and {key}, so which weights are meant can't be "
+                "told; save one of the two models alone"
+            )
+        origins[name] = key
+    return {name: content[key] for name, key in origins.items()}
 
 
 def convert(
@@ -170,7 +174,7 @@ def convert(
         ConversionError: If a key is missing, unknown or of another shape.
     """
     state = dict(state)
-    head = _take_head(state)
+    classifier = [state.pop(key) for key in _CLASSIFIER] if set(_CLASSIFIER) <= set(state) else []
     renamed, matched, ignored, unknown = {}, {}, {}, []
     for key, value in state.items():
         new = _renamed(key)
@@ -191,22 +195,44 @@ def convert(
             f"{source}: {len(unknown)} keys are not CT-CLIP's: {', '.join(sorted(unknown)[:5])}"
         )
     config, hf_config = _read_config(renamed, source, patch, grid, text_heads)
-    renamed["logit_scale"] = renamed["logit_scale"].reshape(1)
     renamed["visual.codebook.embed"] = renamed["visual.codebook.embed"].squeeze(0)
-    renamed["visual.codebook.usage"] = renamed["visual.codebook.usage"].reshape(-1)
+    for scalar_or_row in ("logit_scale", "visual.codebook.usage"):
+        renamed[scalar_or_row] = renamed[scalar_or_row].reshape(-1)
     model = build_model(config, hf_config=hf_config)
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(renamed))
-    shapes = [
-        f"{name} is {tuple(value.shape)} instead of {tuple(wanted[name].shape)}"
-        for name, value in renamed.items()
-        if name in wanted and value.shape != wanted[name].shape
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    problems = [f"missing {_original(name)}" for name in wanted if name not in renamed]
+    problems += [f"{key} has no place" for key, name in matched.items() if name not in wanted]
+    problems += [
+        f"{key} is {tuple(renamed[name].shape)} instead of {tuple(wanted[name])}"
+        for key, name in matched.items()
+        if name in wanted and renamed[name].shape != wanted[name]
     ]
-    surplus = [f"{name} has no place" for name in renamed if name not in wanted]
-    if missing or shapes or surplus:
-        problems = [*(f"missing {name}" for name in missing), *shapes, *surplus]
-        raise ConversionError(f"{source}: not a complete CT-CLIP: {'; '.join(problems[:5])}")
+    head = None
+    if classifier:
+        head = LinearHead(config.embed_dim, FINDINGS, relu=True)
+        problems += [
+            f"{key} is {tuple(value.shape)} instead of {tuple(own.shape)}"
+            for key, value, own in zip(_CLASSIFIER, classifier, head.parameters(), strict=True)
+            if value.shape != own.shape
+        ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConversionError(
+            f"{source}: not a complete CT-CLIP: {'; '.join(problems[:5])}{more}; it may be the "
+            "file of a changed model, or of an interrupted save"
+        )
+    used = [(key, renamed[name]) for key, name in matched.items()]
+    for key, value in (*used, *zip(_CLASSIFIER, classifier, strict=False)):
+        if not value.isfinite().all():
+            raise ConversionError(
+                f"{source}: {key} holds NaN or infinite values; its training went wrong or the "
+                "file is damaged, take an earlier checkpoint or fetch it again"
+            )
     model.load_state_dict({name: value.float() for name, value in renamed.items()})
+    if head is not None:
+        weight, bias = (value.float() for value in classifier)
+        head.linear.load_state_dict({"weight": weight, "bias": bias})
+        head.eval()
     return Conversion(
         model=model.eval(),
         model_config=config,
@@ -224,28 +250,29 @@ def _without_prefixes(key: str) -> str:
 
 
 def _renamed(key: str) -> str | None:
-    for pattern, replacement in _RENAMES:
-        if re.fullmatch(pattern, key):
-            return re.sub(pattern, replacement, key)
-    return None
+    return next((new for old, ours in _RENAMES if (new := _translated(key, old, ours))), None)
+
+
+def _original(name: str) -> str:
+    """What a weight of ours is called in CT-CLIP's files."""
+    return next((key for old, ours in _RENAMES if (key := _translated(name, ours, old))), name)
+
+
+def _translated(name: str, pattern: str, other: str) -> str | None:
+    """A name that fits a pattern of :data:`_RENAMES`, by the other pattern."""
+    wild = re.compile(r"\*\*|\*|#")
+    kinds = {"**": "(.+)", "*": "([a-z]+)", "#": r"(\d+)"}
+    literal = [re.escape(part) for part in wild.split(pattern)]
+    groups = [kinds[mark] for mark in wild.findall(pattern)]
+    match = re.fullmatch("".join(a + b for a, b in zip(literal, [*groups, ""], strict=True)), name)
+    if match is None:
+        return None
+    found = iter(match.groups())
+    return wild.sub(lambda _mark: next(found), other)
 
 
 def _reason_to_ignore(key: str) -> str | None:
     return next((why for pattern, why in _IGNORED if re.fullmatch(pattern, key)), None)
-
-
-def _take_head(state: dict[str, Tensor]) -> LinearHead | None:
-    """ClassFine's head, which has a ReLU before the linear layer."""
-    if "classifier.weight" not in state or "classifier.bias" not in state:
-        return None
-    weight, bias = state.pop("classifier.weight"), state.pop("classifier.bias")
-    if len(weight) != len(FINDINGS):
-        raise ConversionError(
-            f"the classifier has {len(weight)} outputs, ClassFine's has {len(FINDINGS)}"
-        )
-    head = LinearHead(weight.shape[1], FINDINGS, relu=True)
-    head.linear.load_state_dict({"weight": weight.float(), "bias": bias.float()})
-    return head.eval()
 
 
 def _read_config(
@@ -256,22 +283,29 @@ def _read_config(
     text_heads: int | None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Sizes of both towers from the shapes of their weights."""
-    try:
-        embed_dim, flat = state["visual.proj.weight"].shape
-        width, voxels = state["visual.stem.1.weight"].shape
-        head_dim = state["visual.spatial.0.attn.q_scale"].shape[0]
-        inner = state["visual.spatial.0.attn.to_q.weight"].shape[0]
-        codes = state["visual.codebook.embed"].shape[1]
-        words, text_width = state["text.transformer.embeddings.word_embeddings.weight"].shape
-        positions = state["text.transformer.embeddings.position_embeddings.weight"].shape[0]
-        types = state["text.transformer.embeddings.token_type_embeddings.weight"].shape[0]
-        feed_forward = state["text.transformer.encoder.layer.0.intermediate.dense.weight"].shape[0]
-        state["logit_scale"], state["visual.codebook.usage"]
-    except (KeyError, ValueError, IndexError) as error:
-        raise ConversionError(
-            f"{source} is not a CT-CLIP checkpoint: no usable {error.args[0]!r}. Files of the "
-            "volume encoder alone can't be scored; the whole model is needed"
-        ) from None
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in state or state[name].ndim != axes or 0 in state[name].shape:
+            raise ConversionError(
+                f"{source} is not a CT-CLIP checkpoint: no usable {_original(name)}. Files of the "
+                "volume encoder alone can't be scored; the whole model is needed"
+            )
+        return tuple(state[name].shape)
+
+    words = "text.transformer.embeddings."
+    embed_dim, flat = shape("visual.proj.weight", 2)
+    width, voxels = shape("visual.stem.1.weight", 2)
+    (head_dim,) = shape("visual.spatial.0.attn.q_scale", 1)
+    inner, _ = shape("visual.spatial.0.attn.to_q.weight", 2)
+    shape("visual.temporal.0.attn.q_scale", 1)
+    _, codes, _ = shape("visual.codebook.embed", 3)
+    shape("visual.codebook.usage", 2)
+    vocabulary, text_width = shape(f"{words}word_embeddings.weight", 2)
+    positions, _ = shape(f"{words}position_embeddings.weight", 2)
+    types, _ = shape(f"{words}token_type_embeddings.weight", 2)
+    feed_forward, _ = shape("text.transformer.encoder.layer.0.intermediate.dense.weight", 2)
+    if "logit_scale" not in state:
+        raise ConversionError(f"{source} is not a complete CT-CLIP: missing temperature")
     side = round((flat // width) ** 0.5)
     grid = grid or (side, side)
     edge = round((voxels / 10) ** 0.5)
@@ -279,7 +313,7 @@ def _read_config(
     if grid[0] * grid[1] * width != flat or patch[0] * patch[1] * patch[2] != voxels:
         raise ConversionError(
             f"{source}: {voxels} voxels a patch and {flat} pooled values don't make square patches "
-            f"10 slices deep on a square grid; give the patch and the grid"
+            "10 slices deep on a square grid; ctclip.models.convert.convert takes others"
         )
     depths = {
         kind: 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"visual.{kind}."))
@@ -299,7 +333,7 @@ def _read_config(
     text = TextConfig(name_or_path=CXR_BERT, pooling="cls", context_length=positions)
     hf_config = {
         "model_type": "bert",
-        "vocab_size": words,
+        "vocab_size": vocabulary,
         "hidden_size": text_width,
         "num_hidden_layers": len(layers),
         "num_attention_heads": text_heads or max(text_width // 64, 1),
@@ -327,6 +361,6 @@ def report(conversion: Conversion) -> RenderableType:
         add(keys, f"ignored: {reason}")
     if conversion.head is not None:
         findings = len(conversion.head.findings)
-        add(["classifier.weight", "classifier.bias"], f"the classifier of {findings} findings")
+        add(_CLASSIFIER, f"the classifier of {findings} findings")
     add([], "missing")
     return table

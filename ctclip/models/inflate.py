@@ -16,6 +16,7 @@ from torch import Tensor
 from ctclip.models.positions import LearnedPositions
 from ctclip.models.stem import LinearStem
 from ctclip.models.vit3d import ViT3D
+from ctclip.models.weights import read_weights
 
 
 def inflate_from(tower: ViT3D, name_or_path: str) -> None:
@@ -36,11 +37,25 @@ def inflate_from(tower: ViT3D, name_or_path: str) -> None:
     if path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path} to inflate; give a timm name or a local file")
-        inflate(tower, timm.models.load_state_dict(str(path), weights_only=True), source=str(path))
+        inflate(tower, _state(read_weights(path), path), source=str(path))
         return
     vit = timm.create_model(name_or_path, pretrained=True)
     known: Any = vit.pretrained_cfg
     inflate(tower, vit.state_dict(), mean=known["mean"], std=known["std"], source=name_or_path)
+
+
+def _state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The weights in a file, out of the dictionaries and prefixes that trainers put around them."""
+    for outer in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(outer), dict):
+            content = content[outer]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no dictionary of weights")
+    return {
+        str(key).removeprefix("module."): value
+        for key, value in content.items()
+        if isinstance(value, Tensor)
+    }
 
 
 @torch.no_grad()

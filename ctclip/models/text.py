@@ -444,5 +444,5 @@ class _explained:
             raise FileNotFoundError(
                 f"no {self.part} for the text model {self.name!r}: not a local directory that "
                 f"holds one, and not reachable on the Hugging Face Hub ({error}). Download it on a "
-                "machine with a network (huggingface-cli download) and give the directory instead"
+                "machine with a network (huggingface-cli download) and name its directory instead"
             ) from error

@@ -158,6 +158,7 @@ def twin():
     return little_ct_clip()
 
 
+BIAS = {"classifier.bias": torch.zeros(18)}
 IMAGE = torch.rand(1, 1, 20, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -231,11 +232,31 @@ def test_the_command_converts_and_prints_what_became_of_every_key(
     ("damage", "words"),
     [
         (lambda s: s.pop("to_visual_latent.weight"), "not a CT-CLIP checkpoint"),
-        (lambda s: s.pop("visual_transformer.to_patch_emb.3.bias"), "missing visual.stem.2.bias"),
+        (
+            lambda s: s.pop("visual_transformer.to_patch_emb.3.bias"),
+            r"missing visual_transformer\.to_patch_emb\.3\.bias",
+        ),
         (lambda s: s.update(surprise=torch.zeros(1)), "1 keys are not CT-CLIP's: surprise"),
         (
             lambda s: s.update({"visual_transformer.to_patch_emb.1.bias": torch.zeros(3)}),
-            r"visual\.stem\.0\.bias is \(3,\) instead of \(40,\)",
+            r"to_patch_emb\.1\.bias is \(3,\) instead of \(40,\)",
+        ),
+        (lambda s: s.pop("temperature"), "missing temperature"),
+        (
+            lambda s: s.update(temperature=torch.zeros(2)),
+            r"temperature is \(2,\) instead of \(1,\)",
+        ),
+        (
+            lambda s: s["visual_transformer.to_patch_emb.3.bias"].fill_(torch.nan),
+            r"to_patch_emb\.3\.bias holds NaN or infinite",
+        ),
+        (
+            lambda s: s.update({"classifier.weight": torch.zeros(18, 5)} | BIAS),
+            r"classifier\.weight is \(18, 5\) instead of \(18, 12\)",
+        ),
+        (
+            lambda s: s.update({"classifier.weight": torch.full((18, 12), torch.inf)} | BIAS),
+            r"classifier\.weight holds NaN or infinite",
         ),
         (
             lambda s: s.update(
@@ -246,7 +267,7 @@ def test_the_command_converts_and_prints_what_became_of_every_key(
     ],
 )
 def test_anything_else_is_refused(twin, damage, words):
-    state = as_original(twin)
+    state = {key: value.clone() for key, value in as_original(twin).items()}
     damage(state)
 
     with pytest.raises(ConversionError, match=words):
@@ -266,18 +287,64 @@ def test_no_code_of_a_file_is_run(twin, tmp_path, monkeypatch):
     Path("worse.pt").write_bytes(pickle.dumps(Evil()))
 
     for name in ("bad.pt", "worse.pt"):
-        with pytest.raises(ConversionError, match="which ctclip never does"):
+        with pytest.raises(ConversionError, match="which ctclip never does") as refused:
             convert.from_ct_clip(name)
+        assert "weights_only" not in str(refused.value), "torch advises to run the file"
 
     assert not Path("unpickled").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all"])
-def test_a_damaged_file_is_refused(tmp_path, content):
-    (tmp_path / "cut.pt").write_bytes(content)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"not a checkpoint at all"])
+def test_a_damaged_file_is_refused(tmp_path, content, suffix):
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(content)
 
     with pytest.raises(ConversionError, match="damaged"):
+        convert.from_ct_clip(path)
+
+
+def test_a_file_that_is_cut_short_is_refused(twin, tmp_path):
+    torch.save(as_original(twin), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:20_000])
+
+    with pytest.raises(ConversionError, match=r"cut\.pt is not a readable file.*cut short"):
         convert.from_ct_clip(tmp_path / "cut.pt")
+
+
+def test_two_models_in_one_file_are_refused(twin, tmp_path):
+    state = as_original(twin)
+    torch.save(state | {"module.temperature": torch.zeros(())}, tmp_path / "two.pt")
+
+    with pytest.raises(ConversionError, match=r"both temperature and module\.temperature"):
+        convert.from_ct_clip(tmp_path / "two.pt")
+
+
+@pytest.fixture
+def released(twin, tmp_path):
+    """The file with its tokenizer beside it."""
+    torch.save(as_original(twin), tmp_path / "CT-CLIP_v2.pt")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nnodule")
+    return tmp_path / "CT-CLIP_v2.pt"
+
+
+def test_without_out_the_checkpoint_goes_beside_the_source_and_replaces_nothing(released, capsys):
+    cli.convert([str(released)])
+
+    written = released.with_suffix(".safetensors")
+    assert f"wrote {written}" in capsys.readouterr().out
+    assert checkpoint.load(written).provenance["source"] == "CT-CLIP_v2.pt"
+    with pytest.raises(SystemExit):
+        cli.convert([str(released)])
+    assert f"{written} exists; name the file to write with --out" in capsys.readouterr().err
+
+
+def test_a_name_that_could_not_be_read_again_is_refused(released, capsys):
+    with pytest.raises(SystemExit):
+        cli.convert([str(released), "--out", str(released.parent / "o.pt")])
+
+    assert "end it in .safetensors" in capsys.readouterr().err
+    assert not (released.parent / "o.pt").exists()
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -110,6 +110,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         inflate(deep(), {"conv1.weight": torch.zeros(1)})
     with pytest.raises(FileNotFoundError, match="to inflate"):
         inflate_from(deep(), str(tmp_path / "nothing.safetensors"))
+    (tmp_path / "hello.pt").write_text("hello")
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        inflate_from(deep(), str(tmp_path / "hello.pt"))
 
 
 def test_a_timm_name_brings_its_own_normalisation(monkeypatch):
