@@ -61,23 +61,36 @@ class Comparison:
         return pd.DataFrame([asdict(row) for row in (*self.findings, self.macro)])
 
 
+def same_findings(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+    """Bring the columns of all tables into the first one's order, by name.
+
+    Raises:
+        ComparisonError: If a finding is not in all of them.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        for one, other in ((first, table), (table, first)):
+            lacking = [finding for finding in one.findings if finding not in other.findings]
+            if lacking:
+                raise ComparisonError(
+                    f"{first.name} and {table.name} have different findings: {other.name} lacks "
+                    f"{', '.join(map(repr, lacking))}; apply one protocol to both, shipped or a "
+                    "YAML file that lists the findings they share"
+                )
+    return [table.of_findings(first.findings) for table in tables]
+
+
 def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     """Bring tables to the cases that all of them have, in one order.
 
     Raises:
         ComparisonError: If protocols, findings or labels differ, or no case is in all of them.
     """
-    first = tables[0]
     names = {table.header.get("protocol", protocols.NONE) for table in tables}
     if len(names) > 1:
         raise ComparisonError(f"different protocols can't be compared: {', '.join(sorted(names))}")
-    for table in tables[1:]:
-        if set(table.findings) != set(first.findings):
-            odd = sorted(set(table.findings) ^ set(first.findings))
-            raise ComparisonError(
-                f"{first.name} and {table.name} have different findings: {odd[0]!r} is in one "
-                "only; apply one protocol to both"
-            )
+    tables = same_findings(tables)
+    first = tables[0]
     common = set(first.volume_id.tolist())
     for table in tables[1:]:
         common &= set(table.volume_id.tolist())
@@ -91,7 +104,7 @@ def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     aligned: list[ScoreTable] = []
     for table in tables:
         row = {name: index for index, name in enumerate(table.volume_id.tolist())}
-        chosen = table.rows(np.array([row[name] for name in order])).of_findings(first.findings)
+        chosen = table.rows(np.array([row[name] for name in order]))
         if aligned:
             both = ~np.isnan(chosen.labels) & ~np.isnan(aligned[0].labels)
             clash = both & (chosen.labels != aligned[0].labels)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ctclip.evaluation import (
     card,
+    compare,
     importers,
     metrics,
     model_sections,
@@ -94,26 +95,30 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     texts = None if reports is None else uncertain.read_reports(reports)
     protocol = protocols.load(config.protocol) if config.protocol else None
-    models = [_load(Path(path), labels, protocol, config) for path in paths]
-    _unique_names(models)
+    tables = [_read(Path(path), labels, protocol) for path in paths]
+    _unique_names(tables, paths)
+    tables = _aligned(tables)
+    models = [
+        _evaluated(Path(path), table, config) for path, table in zip(paths, tables, strict=True)
+    ]
     groups: dict[str, list[Model]] = {}
     for model in models:
         groups.setdefault(model.protocol, []).append(model)
 
     sections: list[Section] = []
-    tables: dict[str, list[pd.DataFrame]] = {}
+    frames: dict[str, list[pd.DataFrame]] = {}
     for name, members in groups.items():
         prefix = f"{name}: " if len(groups) > 1 else ""
-        found = model_sections.build(members, config, folder, tables, texts)
+        found = model_sections.build(members, config, folder, frames, texts)
         sections += [
             Section(**(vars(section) | {"title": prefix + section.title})) for section in found
         ]
-    for stem, frames in tables.items():
-        pd.concat(frames).to_csv(folder / f"{stem}.csv", index=False)
+    for stem, parts in frames.items():
+        pd.concat(parts).to_csv(folder / f"{stem}.csv", index=False)
     results = [model.evaluation.to_json() | {"file_sha256": model.sha256} for model in models]
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     command = _command(paths, out, config, labels, reports)
-    card.write(folder / "card.md", models, tables.get("comparisons", []), command)
+    card.write(folder / "card.md", models, frames.get("comparisons", []), command)
     names = ", ".join(model.evaluation.model for model in models)
     report.Report(
         title=f"Evaluation of {names}",
@@ -126,14 +131,24 @@ def run(
     return models
 
 
-def _load(
-    path: Path,
-    labels: str | Path | None,
-    protocol: protocols.Protocol | None,
-    config: ReportConfig,
-) -> Model:
-    raw = importers.load(path, labels, protocol)
-    table = raw if protocol is None or "protocol" in raw.header else protocol.apply(raw)
+def _read(path: Path, labels: str | Path | None, protocol: protocols.Protocol | None) -> ScoreTable:
+    table = importers.load(path, labels, protocol)
+    return table if protocol is None or "protocol" in table.header else protocol.apply(table)
+
+
+def _aligned(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+    """The tables with one order of findings per protocol: what is shown together is one column."""
+    aligned = list(tables)
+    groups = [table.header.get("protocol") for table in tables]
+    for group in dict.fromkeys(groups):
+        rows = [row for row, name in enumerate(groups) if name == group]
+        same = compare.same_findings([tables[row] for row in rows])
+        for row, table in zip(rows, same, strict=True):
+            aligned[row] = table
+    return aligned
+
+
+def _evaluated(path: Path, table: ScoreTable, config: ReportConfig) -> Model:
     if config.split is None:
         split = next((s for s in ("test", "valid") if (table.split == s).any()), None)
     else:
@@ -154,13 +169,13 @@ def _load(
     )
 
 
-def _unique_names(models: Sequence[Model]) -> None:
-    names = [model.evaluation.model for model in models]
+def _unique_names(tables: Sequence[ScoreTable], paths: Sequence[str | Path]) -> None:
+    names = [table.name for table in tables]
     for name in names:
         if names.count(name) > 1:
-            paths = [str(model.path) for model in models if model.evaluation.model == name]
+            same = [str(path) for path, other in zip(paths, names, strict=True) if other == name]
             raise ValueError(
-                f"{', '.join(paths)} are all called {name!r}; give each score table's header "
+                f"{', '.join(same)} are all called {name!r}; give each score table's header "
                 "its own model name, or name the files differently"
             )
 

@@ -65,7 +65,7 @@ def test_what_can_not_be_compared_is_refused():
         compare.compare(a, replace(b, labels=changed))
     with pytest.raises(compare.ComparisonError, match="no case in common"):
         compare.compare(a, replace(b, volume_id=np.char.add("w", b.volume_id)))
-    with pytest.raises(compare.ComparisonError, match="'Lung nodule' is in one only"):
+    with pytest.raises(compare.ComparisonError, match="b lacks 'Lung nodule'; apply one protocol"):
         compare.compare(a, b.of_findings(["Emphysema"]))
 
 

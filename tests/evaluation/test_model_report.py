@@ -115,6 +115,31 @@ def test_suspected_findings_are_read_from_the_reports(small):
     assert f"--reports {small / 'manifest.csv'}" in page
 
 
+def test_each_model_is_shown_against_its_own_findings_whatever_their_order(tmp_path):
+    """Emphysema is ranked perfectly, the nodule at random; the second file lists it first."""
+    table = cohort(80, separation=0.0, model="a")
+    table.scores[:, 0] += 9 * table.labels[:, 0]
+    table.save(tmp_path / "a.parquet")
+    turned = replace(table, header={"model": "b"}).of_findings(table.findings[::-1])
+    turned.save(tmp_path / "b.parquet")
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    model_report.run(paths, tmp_path / "out", ReportConfig(replicates=0))
+    card = (tmp_path / "out" / "card.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("| Emphysema"))
+    assert row.count("1.000") == 2
+
+
+def test_models_of_different_findings_are_refused_by_name(tmp_path):
+    table = cohort(80, model="a")
+    table.save(tmp_path / "a.parquet")
+    fewer = replace(table, header={"model": "b"}).of_findings(["Lung nodule"])
+    fewer.save(tmp_path / "b.parquet")
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for order in (paths, paths[::-1]):
+        with pytest.raises(ValueError, match="b lacks 'Emphysema'; apply one protocol to both"):
+            model_report.run(order, tmp_path / "out", ReportConfig(replicates=0))
+
+
 def test_two_models_of_one_name_are_refused(tmp_path):
     probabilities("ours", 1.5).save(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="all called 'ours'"):
