@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -128,12 +129,12 @@ def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = Non
             logger.warning("%s: no label column %s, %s stays unknown", labels, missing[0], finding)
             matrix.append(np.full(len(common), np.nan))
             continue
-        values = label_frame.loc[common, columns].apply(pd.to_numeric, errors="raise")
-        matrix.append(any_positive(values.to_numpy(np.float64).T))
-    numbers = score_frame.loc[common, findings].apply(pd.to_numeric, errors="raise")
+        values = _numbers(label_frame.loc[common, columns], labels, "label")
+        matrix.append(any_positive(values.T))
+    numbers = _numbers(score_frame.loc[common, findings], scores, "score")
     header = {"model": Path(scores).stem, "source": str(scores), "labels": str(labels)}
     return _table(
-        common, findings, np.stack(matrix, axis=1), numbers.to_numpy(np.float64), header,
+        common, findings, np.stack(matrix, axis=1), numbers, header,
         label_frame.loc[common],
     )  # fmt: skip
 
@@ -160,6 +161,25 @@ def _wide_frame(path: str | Path) -> pd.DataFrame:
     if len(again):
         raise ScoreTableError(f"{path}: volume {again.iloc[0]!r} comes more than once")
     return frame.set_index(ids)
+
+
+def _numbers(frame: pd.DataFrame, path: str | Path, kind: Literal["label", "score"]) -> np.ndarray:
+    """The cells of a wide table; what is no label or no score is refused by file, column, volume.
+
+    Labels are checked here, before they are merged: -1 (uncertain) or 2 isn't "absent".
+    """
+    numbers = frame.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    wrong = np.isinf(numbers) | (np.isnan(numbers) & frame.notna().to_numpy())
+    if kind == "label":
+        wrong |= ~np.isnan(numbers) & ~np.isin(numbers, (0.0, 1.0))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        expected = "1, 0 or empty (unknown)" if kind == "label" else "a finite number or empty"
+        raise ScoreTableError(
+            f"{path}: column {str(frame.columns[column])!r} of volume {str(frame.index[row])!r} is "
+            f"{str(frame.iloc[row, column])!r}; a {kind} is {expected}"
+        )
+    return numbers
 
 
 def _table(

@@ -125,3 +125,22 @@ def test_wide_tables_are_matched_by_volume_and_foreign_labels_by_protocol(tmp_pa
     np.testing.assert_array_equal(found.labels[1], [np.nan, 0, 1])
     with pytest.raises(ScoreTableError, match="give its labels too"):
         importers.load(tmp_path / "scores.csv")
+
+
+@pytest.mark.parametrize("label", ["2", "-1", "0.5", "yes"])
+def test_a_wide_label_that_is_neither_present_nor_absent_is_refused(tmp_path, label):
+    """An uncertain -1 must not be counted as absent."""
+    (tmp_path / "scores.csv").write_text("VolumeName,Emphysema\na,0.9\nb,0.2\n")
+    (tmp_path / "labels.csv").write_text(f"VolumeName,Emphysema\na,1\nb,{label}\n")
+    with pytest.raises(
+        ScoreTableError, match=rf"labels\.csv: column 'Emphysema' .* 'b' is '{label}"
+    ):
+        importers.load(tmp_path / "scores.csv", tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("score", ["abc", "inf"])
+def test_a_wide_score_that_is_no_number_is_named_with_its_place(tmp_path, score):
+    (tmp_path / "scores.csv").write_text(f"VolumeName,Emphysema\na,0.9\nb,{score}\n")
+    (tmp_path / "labels.csv").write_text("VolumeName,Emphysema\na,1\nb,0\n")
+    with pytest.raises(ScoreTableError, match=rf"scores\.csv: .* of volume 'b' is '{score}'"):
+        importers.load(tmp_path / "scores.csv", tmp_path / "labels.csv")
