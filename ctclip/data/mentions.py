@@ -53,6 +53,15 @@ _CLAUSE = re.compile(
 )
 """Where a denial ends."""
 
+_RELATIVE = re.compile(
+    r"\b(?:that|which|who)(?: \w+ly| also| still| otherwise)? "
+    r"(?:is|are|was|were|has|have|had|do|does|did|can|could|may|might|will)(?: ?not|n't)\b"
+    r".*?(?=,|\)|\s(?:is|are|was|were|(?:has|have) been|measures?|extends?|involves?|lies?)\b|$)",
+    re.IGNORECASE,
+)
+"""A relative clause with a "not": it qualifies what stands before it and denies only what is in it,
+as in "opacity that does not obscure the vessels is present"."""
+
 
 def mentions(text: str) -> list[Mention]:
     """List every finding that a text mentions, once per sentence.
@@ -93,18 +102,31 @@ def _in_sentence(sentence: str) -> tuple[Mention, ...]:
 
 def _in_clause(clause: str, vocabulary: _Vocabulary) -> Iterable[tuple[str, bool]]:
     # Blanked rather than removed, so that positions stay valid.
-    cues = vocabulary.pseudo.sub(lambda match: " " * len(match.group()), clause)
+    cues = vocabulary.pseudo.sub(_blank, clause)
+    aside = [match.span() for match in _RELATIVE.finditer(cues)]
+    outside = _RELATIVE.sub(_blank, cues)
     for name, rules in vocabulary.findings.items():
         if rules.exclude is not None and rules.exclude.search(clause):
             continue
-        if rules.absent is not None and rules.absent.search(cues):
+        # Of "heart 140 mm (normal up to 130): cardiomegaly" the words that deny decide over the
+        # synonyms they overlap, the others are judged for themselves.
+        absent = None if rules.absent is None else rules.absent.search(cues)
+        if absent is not None:
             yield name, False
-            continue
         for match in rules.synonyms.finditer(clause):
-            denied = vocabulary.before.search(cues[: match.end()]) or vocabulary.after.search(
-                cues[match.start() :]
+            first, last = match.span()
+            if absent is not None and first < absent.end() and absent.start() < last:
+                continue
+            start, stop = next((span for span in aside if span[0] <= first < span[1]), (0, None))
+            around = outside if stop is None else cues
+            denied = vocabulary.before.search(around[start:last]) or vocabulary.after.search(
+                around[first:stop]
             )
             yield name, not denied
+
+
+def _blank(match: re.Match[str]) -> str:
+    return " " * len(match.group())
 
 
 @cache

@@ -1,8 +1,11 @@
 import csv
 import gzip
 import itertools
+from collections import defaultdict
+from importlib import resources
 
 import pytest
+import yaml
 
 from ctclip.data.mentions import labels_from_text, mentions
 from ctclip.data.report import clean
@@ -71,6 +74,80 @@ def test_plain_templates_are_understood_for_every_finding(finding, lower):
 )
 def test_radiologists_words_are_understood(sentence, expected):
     assert labels_from_text(sentence) == expected
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("Hazy opacity that does not obscure the vessels is present.", {"Lung opacity": 1}),
+        ("An opacity which doesn't obscure the vessels is seen.", {"Lung opacity": 1}),
+        ("Opacity that does not obscure the vessels is not seen.", {"Lung opacity": 0}),
+        ("Opacity which was described before is not seen.", {"Lung opacity": 0}),
+        ("There is no opacity, which doesn't exclude early infection.", {"Lung opacity": 0}),
+        (
+            "Ground-glass opacity that does not contain consolidation is present.",
+            {"Lung opacity": 1, "Consolidation": 0},
+        ),
+        (
+            "Ground-glass opacity is not accompanied by pleural effusion.",
+            {"Lung opacity": 1, "Pleural effusion": 0},
+        ),
+        ("A nodule, which cannot be measured, is seen in the right lung.", {"Lung nodule": 1}),
+        ("The lung nodule is not calcified.", {"Lung nodule": 1}),
+        ("Several lung nodules, none larger than 5 mm, are seen.", {"Lung nodule": 1}),
+        ("Ground-glass nodules are present in both lungs.", {"Lung nodule": 1}),
+        ("Consolidation that was not present before is seen.", {"Consolidation": 1}),
+        (
+            "Pleural effusion is observed and was not detected in the previous examination.",
+            {"Pleural effusion": 1},
+        ),
+        (
+            "Pleural effusion, which was present in the previous examination, is not observed.",
+            {"Pleural effusion": 0},
+        ),
+        (
+            "Lymph nodes that did not reach pathological dimensions were observed.",
+            {"Lymphadenopathy": 0},
+        ),
+        ("Mediastinal lymph nodes, none larger than 10 mm.", {"Lymphadenopathy": 0}),
+    ],
+)
+def test_not_denies_only_what_it_speaks_of(sentence, expected):
+    assert labels_from_text(sentence) == expected
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("The heart measures 177 mm, above normal, in keeping with cardiomegaly.", 1),
+        ("The heart measures 140 mm (normal up to 130 mm): cardiomegaly.", 1),
+        ("The heart is larger than normal.", 1),
+        ("Heart size is above the upper limit of normal.", 1),
+        ("Cardiothoracic ratio is greater than normal.", 1),
+        ("Heart size is not normal, cardiomegaly is present.", 1),
+        ("The heart is enlarged and the aorta is of normal width.", 1),
+        ("The heart is not larger than normal.", 0),
+        ("Heart size does not exceed normal limits.", 0),
+        ("The heart and the aorta are normal.", 0),
+        ("Pericardial effusion of 12 mm, heart size normal.", 0),
+    ],
+)
+def test_above_normal_is_not_normal(sentence, expected):
+    assert labels_from_text(sentence)["Cardiomegaly"] == expected
+
+
+def test_what_phantom_hospitals_say_is_read_as_they_mean_it():
+    wording = yaml.safe_load(
+        resources.files("ctclip.phantom").joinpath("data/wording.yaml").read_text("utf-8")
+    )
+    slots = defaultdict(
+        lambda: "marked", where="both lower lobes", size="12 mm", n="7", kind="solid"
+    )
+    for name, words in wording.items():
+        for template in words["says"] + words["img"] + words["short"]:
+            assert labels_from_text(template.format_map(slots)).get(name, 1) == 1, template
+        for template in words["denies"]:
+            assert labels_from_text(template).get(name, 0) == 0, template
 
 
 def test_an_affirmation_anywhere_makes_the_report_positive():
