@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ctclip.evaluation.protocols import Protocol, any_positive
-from ctclip.evaluation.scores import COLUMNS, ScoreTable, ScoreTableError
+from ctclip.evaluation.scores import COLUMNS, SAY_WHOSE, ScoreTable, ScoreTableError
 from ctclip.findings import FINDINGS
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,13 @@ def _table(
     if frame is not None:  # the label file may say what the name doesn't
         for key in keys:
             if key in frame.columns:
-                keys[key] = frame[key].astype(str).to_numpy().astype(str)
+                keys[key] = frame[key].fillna("").astype(str).to_numpy().astype(str)
+    orphans = np.flatnonzero(np.char.strip(keys["patient_id"]) == "")
+    if len(orphans):
+        raise ScoreTableError(
+            f"{header.get('labels', header['source'])}: patient_id is empty for {len(orphans)} of "
+            f"{len(names)} volumes, first {str(names[orphans[0]])!r}; {SAY_WHOSE}"
+        )
     return ScoreTable(
         volume_id=np.asarray(names, dtype=str),
         findings=tuple(findings),

@@ -201,6 +201,9 @@ def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Eva
         positives, negatives = int(label.sum()), int((~label).sum())
         sick = len(np.unique(table.patient_id[mask][label]))
         well = len(np.unique(table.patient_id[mask][~label]))
+        patients = len(np.unique(table.patient_id[mask]))
+        if patients < 2:  # every draw is the same patient: a width of zero says nothing
+            areas[:, k] = precisions[:, k] = np.nan
         low, high = auroc_interval(labels, scores, table.patient_id, areas[:, k])
         precision_low, precision_high = bootstrap.interval(precisions[:, k])
         results.append(
@@ -218,7 +221,7 @@ def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Eva
                 average_precision_low=precision_low,
                 average_precision_high=precision_high,
                 sensitivity_at_90_specificity=sensitivity_at_specificity(labels, scores),
-                note=_note(positives, negatives, min(sick, well)),
+                note=_note(positives, negatives, patients, min(sick, well)),
             )
         )
     return Evaluation(
@@ -253,15 +256,18 @@ def _macro(
     return macro
 
 
-def _note(positives: int, negatives: int, patients: int) -> str:
+def _note(positives: int, negatives: int, patients: int, smaller: int) -> str:
     if positives == 0 and negatives == 0:
         return "nothing known: not measured"
     if positives == 0:
         return "no positives: not measured"
     if negatives == 0:
         return "no negatives: not measured"
-    if patients < FEW_PATIENTS:
-        return f"rough: {patients} patients in the smaller class"
+    if patients == 1:
+        return "rough: a single patient, no interval"
+    if smaller < FEW_PATIENTS:
+        count = "1 patient" if smaller == 1 else f"{smaller} patients"
+        return f"rough: {count} in the smaller class"
     return ""
 
 

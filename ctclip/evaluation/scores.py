@@ -20,6 +20,10 @@ HEADER_KEY = b"ctclip.scores"
 CSV_MARK = "# ctclip-scores "
 META_PREFIX = "meta_"
 KEY_COLUMNS = ("volume_id", "study_id", "patient_id", "split")
+SAY_WHOSE = (
+    "intervals resample patients, so say whose volume it is; if all patients are different, repeat "
+    "the volume_id"
+)
 COLUMNS = (*KEY_COLUMNS, "finding", "label", "score")
 
 
@@ -215,8 +219,8 @@ def from_long(frame: pd.DataFrame, header: Mapping[str, Any], source: str = "tab
     """Pivot a long table.
 
     Raises:
-        ScoreTableError: If a column is missing, a pair of case and finding comes twice, or a
-            volume belongs to two patients.
+        ScoreTableError: If a column is missing, a row has no volume or no patient, a pair of case
+            and finding comes twice, or a volume belongs to two patients.
     """
     missing = [name for name in COLUMNS if name not in frame.columns]
     if missing:
@@ -225,6 +229,13 @@ def from_long(frame: pd.DataFrame, header: Mapping[str, Any], source: str = "tab
         )
     if frame.empty:
         raise ScoreTableError(f"{source}: the table has no rows")
+    for name, advice in (("volume_id", "name each volume"), ("patient_id", SAY_WHOSE)):
+        empty = frame[name].isna() | (frame[name].astype(str).str.strip() == "")
+        if empty.any():
+            raise ScoreTableError(
+                f"{source}: {name} is empty in {int(empty.sum())} of {len(frame)} rows, first in "
+                f"row {int(np.flatnonzero(empty)[0]) + 1}; {advice}"
+            )
     row, volumes = pd.factorize(frame["volume_id"].astype(str))
     column, findings = pd.factorize(frame["finding"].astype(str))
     cell = row * len(findings) + column

@@ -100,3 +100,11 @@ def test_an_interval_contains_the_estimate_and_widens_with_fewer_patients():
 def test_intervals_are_reproducible():
     first = metrics.evaluate(random_table(), replicates=300, seed=5).to_json()
     assert first == metrics.evaluate(random_table(), replicates=300, seed=5).to_json()
+
+
+def test_one_patient_has_no_interval():
+    found = metrics.evaluate(random_table(patients=1), replicates=300)
+    assert all(np.isnan(result.auroc_low) for result in found.findings)
+    assert all(np.isnan(result.average_precision_low) for result in found.findings)
+    assert np.isnan(found.macro["auroc_low"])
+    assert found.findings[0].note == "rough: a single patient, no interval"

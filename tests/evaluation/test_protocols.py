@@ -144,3 +144,10 @@ def test_a_wide_score_that_is_no_number_is_named_with_its_place(tmp_path, score)
     (tmp_path / "labels.csv").write_text("VolumeName,Emphysema\na,1\nb,0\n")
     with pytest.raises(ScoreTableError, match=rf"scores\.csv: .* of volume 'b' is '{score}'"):
         importers.load(tmp_path / "scores.csv", tmp_path / "labels.csv")
+
+
+def test_a_wide_volume_without_a_patient_is_not_given_to_a_patient_called_nan(tmp_path):
+    (tmp_path / "scores.csv").write_text("VolumeName,Emphysema\na,0.9\nb,0.2\nc,0.1\n")
+    (tmp_path / "labels.csv").write_text("VolumeName,patient_id,Emphysema\na,P1,1\nb,,0\nc,,0\n")
+    with pytest.raises(ScoreTableError, match=r"labels\.csv: patient_id is empty for 2 of 3 .*'b'"):
+        importers.load(tmp_path / "scores.csv", tmp_path / "labels.csv")

@@ -70,6 +70,21 @@ def test_wrong_tables_are_refused_with_the_reason():
         replace(table(), volume_id=np.array(["v1", "v1", "v2"]))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize(("nothing", "rows"), [("", 6), (" ", 6), ("", 2)])
+def test_volumes_of_nobody_are_not_taken_for_one_patient(tmp_path, suffix, nothing, rows):
+    frame = table().to_long()
+    frame.loc[: rows - 1, "patient_id"] = nothing
+    path = tmp_path / f"scores.{suffix}"
+    frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    with pytest.raises(ScoreTableError, match=rf"scores.*patient_id is empty in {rows} of 6 rows"):
+        ScoreTable.load(path)
+    with pytest.raises(ScoreTableError, match="patient_id is empty in 6 of 6"):
+        from_long(frame.assign(patient_id=None), {})
+    with pytest.raises(ScoreTableError, match="volume_id is empty in 6 of 6"):
+        from_long(frame.assign(volume_id=np.nan), {})
+
+
 def test_rows_and_findings_can_be_chosen():
     chosen = table().of_split("test").of_findings(["Lung nodule"])
     assert chosen.scores.shape == (2, 1)
