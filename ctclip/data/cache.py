@@ -7,7 +7,7 @@ A prepared cohort is a folder named after the fingerprint of its preprocessing::
         manifest.csv     usable volumes, with reports, labels and checksums
         ledger.csv       every input that was refused, corrected or looked odd, and why
         summary.json     counts; inputs = used + corrected + refused
-        volumes/         <volume_id>.b2nd: int16 HU, blosc2 zstd-1 with bitshuffle, chunked
+        volumes/         <volume_id>.b2nd: HU as int16, blosc2 zstd-1 with bitshuffle, chunked
         done/            <volume_id>.json: what happened to each volume; makes a rerun skip it
 
 Nothing is written in place: a file is complete or absent, so a killed run is continued by running

@@ -124,7 +124,7 @@ class PreparedCohort:
         """One whole volume, checksum verified.
 
         Returns:
-            ``volume_config.size`` int16 HU.
+            ``volume_config.size`` HU: int16, with CT-CLIP's recipes float32.
 
         Raises:
             FileNotFoundError: If the cohort has no such volume.
@@ -153,7 +153,7 @@ class PreparedCohort:
             size: Voxels (d, h, w).
 
         Returns:
-            int16 HU.
+            HU, as :meth:`read`.
 
         Raises:
             FileNotFoundError: If the cohort has no such volume.

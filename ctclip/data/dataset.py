@@ -29,7 +29,7 @@ class Sample:
     """One volume with its record."""
 
     volume: Tensor
-    """``(C, D, H, W)`` float32 in [-1, 1], one channel per HU window; ``(D, H, W)`` int16 HU where
+    """``(C, D, H, W)`` float32 in [-1, 1], one channel per HU window; ``(D, H, W)`` HU where
     the data set finishes later."""
 
     record: VolumeRecord
@@ -45,7 +45,7 @@ class Batch:
     """Samples of one step on one rank."""
 
     volume: Tensor
-    """``(B, C, D, H, W)`` float32 in [-1, 1]; ``(B, D, H, W)`` int16 HU until it is finished."""
+    """``(B, C, D, H, W)`` float32 in [-1, 1]; ``(B, D, H, W)`` HU until it is finished."""
 
     records: list[VolumeRecord]
     study: Tensor
@@ -89,8 +89,8 @@ class CohortDataset(Dataset[Sample]):
             windows_hu: HU windows, one channel each; by default the cohort's.
             seed: Of the augmentation.
             epoch: Every epoch draws its own augmentation of a volume.
-            finish_later: Give int16 HU, to be augmented and windowed by :meth:`finished`: on a GPU
-                in a fraction of a worker's time, and after a transfer of half the bytes.
+            finish_later: Give HU as kept, to be augmented and windowed by :meth:`finished`: on a
+                GPU in a fraction of a worker's time, and after a transfer of half the bytes.
         """
         self.cohort = cohort
         self.records = list(records)

@@ -6,15 +6,25 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import blosc2
 
 CHUNK = (48, 96, 96)
 """Voxels per compressed chunk (0.9 MB): a crop reads the chunks it touches and nothing else."""
 
 CHUNK_CHECKSUMS = "crc32"
 """Metadata of a frame: the checksum of each of its compressed chunks, in order."""
+
+
+STEPS_PER_HU = 32
+"""Float HU are kept in steps of 1/32: as int16, up to ±1023 HU, at half the size of float32."""
+
+FRACTIONS = "steps_per_hu"
+"""Metadata of a frame whose voxels are not whole HU."""
 
 
 class DamagedFrameError(ValueError):
@@ -58,9 +68,22 @@ def compress(voxels: np.ndarray) -> bytes:
 
     Measured on 240 x 480 x 480 HU against .npy, zarr, HDF5 and lz4: 2.7-fold smaller than raw,
     read at 570 MB/s per core, and a crop needs 20 ms.
+
+    Args:
+        voxels: ``(D, H, W)`` integers, or float HU within ±1023, which are kept to 1/64 HU.
+
+    Raises:
+        ValueError: If float HU are beyond that.
     """
     import blosc2
 
+    is_fractional = np.issubdtype(voxels.dtype, np.floating)
+    if is_fractional:
+        steps = np.rint(voxels * np.float32(STEPS_PER_HU))
+        limits = np.iinfo(np.int16)
+        if not ((steps >= limits.min) & (steps <= limits.max)).all():
+            raise ValueError("float HU are kept within ±1023; round others to whole HU")
+        voxels = steps.astype(np.int16)
     array = blosc2.asarray(
         np.ascontiguousarray(voxels),
         chunks=tuple(min(n, m) for n, m in zip(CHUNK, voxels.shape, strict=True)),
@@ -74,14 +97,23 @@ def compress(voxels: np.ndarray) -> bytes:
     array.schunk.vlmeta[CHUNK_CHECKSUMS] = [
         checksum(array.schunk.get_chunk(number)) for number in range(array.schunk.nchunks)
     ]
+    if is_fractional:
+        array.schunk.vlmeta[FRACTIONS] = STEPS_PER_HU
     return array.to_cframe()
 
 
 def decompress(frame: bytes) -> np.ndarray:
-    """The whole volume in a frame from :func:`compress`."""
+    """The whole volume in a frame from :func:`compress`, of the type that was given."""
     import blosc2
 
-    return blosc2.ndarray_from_cframe(frame)[...]
+    return _in_hu(blosc2.ndarray_from_cframe(frame), ...)
+
+
+def _in_hu(array: "blosc2.NDArray", box: Any) -> np.ndarray:
+    voxels: np.ndarray = array[box]
+    if FRACTIONS not in array.schunk.vlmeta:
+        return voxels
+    return voxels.astype(np.float32) / np.float32(array.schunk.vlmeta[FRACTIONS])
 
 
 def read_box(source: Path | bytes, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -100,7 +132,7 @@ def read_box(source: Path | bytes, start: Sequence[int], size: Sequence[int]) ->
 
     box = tuple(slice(first, first + num) for first, num in zip(start, size, strict=True))
     if isinstance(source, bytes):
-        return blosc2.ndarray_from_cframe(source)[box]
+        return _in_hu(blosc2.ndarray_from_cframe(source), box)
     with source.open("rb"):  # blosc2 says "RuntimeError" of a missing file and of a damaged one
         pass
     try:
@@ -109,7 +141,7 @@ def read_box(source: Path | bytes, start: Sequence[int], size: Sequence[int]) ->
         for number in _touched(box, array.shape, array.chunks):
             if checksum(array.schunk.get_chunk(number)) != expected[number]:
                 raise DamagedFrameError(f"{source}: chunk {number}")
-        return array[box]
+        return _in_hu(array, box)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
         raise DamagedFrameError(f"{source}: {error}") from None
 

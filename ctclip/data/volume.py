@@ -24,7 +24,7 @@ __all__ = ["Volume", "VolumeConfig", "VolumeError", "preprocess", "read", "windo
 
 Recipe = Literal["ctclip", "ct-clip", "ct-clip-inference"]
 
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION: dict[Recipe, int] = {"ctclip": 1, "ct-clip": 2, "ct-clip-inference": 2}
 """Raised whenever the same input and config would give other voxels."""
 
 
@@ -74,7 +74,7 @@ class VolumeConfig:
             "size": [int(num) for num in self.size],
             "antialias": self.antialias,
             "recipe": self.recipe,
-            "version": PREPROCESSING_VERSION,
+            "version": PREPROCESSING_VERSION[self.recipe],
         }
         text = json.dumps(shaping, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -183,9 +183,9 @@ def preprocess(volume: Volume, config: VolumeConfig) -> np.ndarray:
         config: Spacing and size of the result.
 
     Returns:
-        ``config.size`` int16 HU between -1024 and 3071, padded with air. With CT-CLIP's recipes the
-        axes are S, L, P and HU end at -1000 and 1000; rounding to whole HU costs 0.0005 of the
-        network's range, :func:`ctclip.data.ct_clip.preprocess` costs nothing.
+        ``config.size`` int16 HU between -1024 and 3071, padded with air. With CT-CLIP's recipes
+        float32 HU that end at -1000 and 1000, axes S, L, P: its patch embedding normalises every
+        patch, so that in near-uniform air half a HU of rounding moves tokens to other codes.
     """
     if config.recipe != "ctclip":
         unit = ct_clip.preprocess(
@@ -195,7 +195,7 @@ def preprocess(volume: Volume, config: VolumeConfig) -> np.ndarray:
             target_mm=config.spacing_mm,
             size=config.size,
         )
-        return np.rint(unit * np.float32(1000)).astype(np.int16)
+        return unit * np.float32(1000)
     return resample(
         volume.hu,
         volume.spacing_mm,

@@ -80,7 +80,7 @@ def embed_voxels(
 
     Args:
         checkpoint: The model.
-        hu: ``(D, H, W)`` int16, as ``ctclip.data.volume.preprocess`` makes it.
+        hu: ``(D, H, W)`` HU, as ``ctclip.data.volume.preprocess`` makes it.
         device: For example ``"cuda:0"``.
 
     Returns:
@@ -97,7 +97,7 @@ def embed_voxels(
 def encode_batch(
     checkpoint: "Checkpoint", model: Any, hu: "Tensor"
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """``(B, D, H, W)`` int16 HU to both read-outs; None for the second where there is one."""
+    """``(B, D, H, W)`` HU to both read-outs; None for the second where there is one."""
     from ctclip.data.volume import window
 
     image = window(hu.float(), checkpoint.volume_config.windows_hu)

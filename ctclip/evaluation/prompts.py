@@ -99,10 +99,13 @@ def load(source: str | Path, findings: Sequence[str] = FINDINGS) -> PromptSet:
 def of(checkpoint: "Checkpoint", source: str | Path | None = None) -> PromptSet:
     """The named set, else the one that the checkpoint's model was trained to tell apart.
 
-    That is CT-CLIP's pair for a checkpoint of CT-CLIP's kind, and ``default`` for any other.
+    That is CT-CLIP's pair for a checkpoint of CT-CLIP's kind and for what was fine-tuned from one,
+    and ``default`` for any other.
     """
-    is_ct_clip = checkpoint.provenance.get("kind") == "ct-clip"
-    return load(source or ("ct-clip" if is_ct_clip else DEFAULT))
+    origin = checkpoint.provenance
+    while "started_from" in origin:
+        origin = origin["started_from"]
+    return load(source or ("ct-clip" if origin.get("kind") == "ct-clip" else DEFAULT))
 
 
 def _build(data: Any, findings: Sequence[str], source: str) -> PromptSet:

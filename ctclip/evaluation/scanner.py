@@ -25,18 +25,17 @@ class Scanner:
 
     Args:
         checkpoint: The model.
-        prompts: Prompt set by name or YAML path.
+        prompts: Prompt set by name or YAML path; by default the one of the checkpoint's kind.
         device: For example ``"cuda:0"``.
     """
 
     def __init__(
-        self, checkpoint: "Checkpoint", prompts: str | Path = "default", device: str = "cpu"
+        self, checkpoint: "Checkpoint", prompts: str | Path | None = None, device: str = "cpu"
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.prompts = prompt_sets.load(prompts)
+        self.prompts = prompt_sets.of(checkpoint, prompts)
         self._vectors = prompt_sets.encode_prompts(checkpoint, self.prompts)
-        self._scale = scoring.scale_of(checkpoint)
 
     @property
     def prompt_vectors(self) -> np.ndarray:
@@ -78,6 +77,7 @@ class Scanner:
     ) -> dict[str, float]:
         """Probability of each finding on a scan, in the order of ``ctclip.findings.FINDINGS``.
 
+        From the pair of prompts, or from the linear head of a checkpoint that has one (ClassFine).
         The probabilities rank scans; they are calibrated only after fitting on data of your
         own (see ``ctclip.evaluation.calibration``). Arguments and errors are those of
         :meth:`embed`.
@@ -86,16 +86,17 @@ class Scanner:
 
     def score_vectors(self, vectors: np.ndarray) -> list[dict[str, float]]:
         """Score embeddings ``(N, E)`` made by :meth:`embed`."""
-        values = scoring.scores(vectors, self._vectors, self._scale)
+        values = scoring.scores_of(self.checkpoint, vectors, self._vectors)
         return [dict(zip(self.prompts.pairs, row.tolist(), strict=True)) for row in values]
 
 
-def load(path: str | Path, prompts: str | Path = "default", device: str = "cpu") -> Scanner:
+def load(path: str | Path, prompts: str | Path | None = None, device: str = "cpu") -> Scanner:
     """Load a checkpoint for use.
 
     Args:
         path: ``.safetensors`` file written by training or by the converter.
-        prompts: Name of a shipped prompt set, or path of a YAML file.
+        prompts: Name of a shipped prompt set, or path of a YAML file; by default the one of the
+            checkpoint's kind.
         device: For example ``"cuda:0"``.
 
     Returns:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ctclip.checkpoint import Checkpoint
     from ctclip.embeddings import EmbeddingTable
 
-ScoreKind = Literal["softmax", "cosine-difference"]
+ScoreKind = Literal["softmax", "cosine-difference", "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,10 @@ class ZeroShotConfig:
     """Name of a prompt set that ships with ctclip, or path of a YAML file; by default ``ct-clip``
     for CT-CLIP's own checkpoints, else ``default``."""
 
-    score: ScoreKind = "softmax"
-    """Probability of "present" against "absent", or the difference of the two cosines."""
+    score: ScoreKind | None = None
+    """Probability of "present" against "absent" (softmax), the difference of the two cosines, or
+    the probability that the checkpoint's linear head gives; by default the head where there is one
+    (CT-CLIP's ClassFine), else softmax."""
 
     patches: int = 0
     """Score patches one by one and average the best so many; 0 scores the volume as a whole."""
@@ -63,7 +65,7 @@ def scores(
     vectors: np.ndarray,
     prompt_vectors: np.ndarray,
     logit_scale: float,
-    kind: ScoreKind = "softmax",
+    kind: Literal["softmax", "cosine-difference"] = "softmax",
 ) -> np.ndarray:
     """Score volumes against prompt pairs.
 
@@ -82,6 +84,56 @@ def scores(
     directions = (prompt_vectors[:, 0] - prompt_vectors[:, 1]).astype(np.float64)
     difference: np.ndarray = vectors.astype(np.float64) @ directions.T
     return difference if kind == "cosine-difference" else probability(difference, logit_scale)
+
+
+def kind_of(checkpoint: "Checkpoint", config: ZeroShotConfig) -> ScoreKind:
+    """What is scored with: as configured, else by what the checkpoint holds.
+
+    Raises:
+        ValueError: If a head is asked that isn't there, or for what only prompts can do.
+    """
+    is_whole = not config.patches and config.window is None and config.space == "raw"
+    has_head = checkpoint.head is not None
+    kind = config.score or ("head" if has_head and is_whole else "softmax")
+    if kind == "head" and not has_head:
+        raise ValueError("the checkpoint holds no linear head: leave score out")
+    if kind == "head" and not is_whole:
+        raise ValueError(
+            "a linear head scores whole volumes in their own space: set score=softmax for "
+            "patches, window or space"
+        )
+    return kind
+
+
+def scores_of(
+    checkpoint: "Checkpoint",
+    vectors: np.ndarray,
+    prompt_vectors: np.ndarray,
+    kind: ScoreKind | None = None,
+) -> np.ndarray:
+    """``(N, 18)``: volumes ``(N, E)`` by the prompts, or by the checkpoint's linear head.
+
+    Raises:
+        ValueError: If the head doesn't know every finding.
+    """
+    kind = kind or kind_of(checkpoint, ZeroShotConfig())
+    if kind != "head":
+        return scores(vectors, prompt_vectors, scale_of(checkpoint), kind)
+    head = checkpoint.head
+    assert head is not None
+    if missing := [finding for finding in FINDINGS if finding not in head.findings]:
+        raise ValueError(
+            f"the checkpoint's linear head doesn't know {missing[0]!r}: set score=softmax to score "
+            "with prompts"
+        )
+    import torch
+
+    with torch.inference_mode():
+        device = head.linear.weight.device
+        chances = head(torch.from_numpy(vectors).float().to(device)).double().sigmoid()
+    order = [head.findings.index(finding) for finding in FINDINGS]
+    found: np.ndarray = chances.cpu().numpy()[:, order]
+    return found
 
 
 def probability(difference: np.ndarray, logit_scale: float) -> np.ndarray:
@@ -150,15 +202,16 @@ def score_embeddings(
     )
     prompt_set = prompts.of(checkpoint, config.prompts)
     prompt_vectors = prompts.encode_prompts(checkpoint, prompt_set)
-    scale = scale_of(checkpoint)
     vectors = table.vectors
     if config.space != "raw":
         if train is None:
             raise ValueError(f"space {config.space!r} is fitted on training embeddings: give some")
         vectors, prompt_vectors = moved(train.vectors, vectors, prompt_vectors, config.space)
-    values = scores(vectors, prompt_vectors, scale, config.score)
-    if parts is not None:
-        values = parts if config.score == "cosine-difference" else probability(parts, scale)
+    kind = kind_of(checkpoint, config)
+    if parts is None:
+        values = scores_of(checkpoint, vectors, prompt_vectors, kind)
+    else:
+        values = parts if kind == "cosine-difference" else probability(parts, scale_of(checkpoint))
     return ScoreTable(
         volume_id=np.asarray(table.volume_id, dtype=str),
         study_id=np.asarray(table.study_id, dtype=str),
@@ -177,14 +230,15 @@ def header(
     checkpoint: "Checkpoint", prompt_set: prompts.PromptSet, config: ZeroShotConfig, name: str
 ) -> dict[str, Any]:
     """What a score table says about where its scores come from."""
+    kind = kind_of(checkpoint, config)
     return {
         "model": name,
         "checkpoint": checkpoint.sha256,
         "fingerprint": checkpoint.volume_config.fingerprint(),
-        "label_informed": bool(checkpoint.provenance.get("label_informed", False)),
+        "label_informed": kind == "head" or bool(checkpoint.provenance.get("label_informed")),
         "step": checkpoint.provenance.get("step"),
-        "prompts": prompt_set.label,
-        "score": config.score,
+        "prompts": "none (linear head)" if kind == "head" else prompt_set.label,
+        "score": kind,
         "space": config.space,
         "patches": config.patches,
         "window": list(config.window) if config.window else None,

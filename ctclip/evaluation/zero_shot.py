@@ -16,7 +16,14 @@ import torch
 
 from ctclip.evaluation import metrics, plots, prompts, regions, report
 from ctclip.evaluation.scores import ScoreTable
-from ctclip.evaluation.scoring import ZeroShotConfig, scale_of, score_embeddings, scores
+from ctclip.evaluation.scoring import (
+    ZeroShotConfig,
+    header,
+    kind_of,
+    score_embeddings,
+    scores,
+    scores_of,
+)
 from ctclip.findings import FINDINGS
 
 if TYPE_CHECKING:
@@ -49,8 +56,7 @@ def score_volume(
         checkpoint, path, device=config.device, accept=config.accept, rescale=config.rescale
     )
     prompt_vectors = prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts))
-    scale = scale_of(checkpoint)
-    row = scores(vector[None], prompt_vectors, scale, config.score)[0]
+    row = scores_of(checkpoint, vector[None], prompt_vectors, kind_of(checkpoint, config))[0]
     return dict(zip(FINDINGS, row.tolist(), strict=True))
 
 
@@ -98,11 +104,10 @@ def run(
         found = score_volume(checkpoint, volume, config)
         development = development_auroc(checkpoint, config)
         folder.mkdir(parents=True, exist_ok=True)
+        said = header(checkpoint, prompts.of(checkpoint, config.prompts), config, name)
         payload = {
             "volume": str(volume),
-            "model": name,
-            "checkpoint": checkpoint.sha256,
-            "prompts": prompts.of(checkpoint, config.prompts).label,
+            **{key: said[key] for key in ("model", "checkpoint", "prompts", "score")},
             "scores": found,
             "development_auroc": development,
         }

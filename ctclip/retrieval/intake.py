@@ -53,7 +53,7 @@ class Intake:
     """An uploaded scan that can be used."""
 
     hu: np.ndarray
-    """``(D, H, W)`` int16 HU, preprocessed."""
+    """``(D, H, W)`` HU, preprocessed."""
 
     warnings: tuple[dict[str, str], ...] = ()
     """``code`` and ``text`` of what its sender has to know: not a chest, a slab, rescaled …"""

@@ -63,7 +63,7 @@ def heat_maps(
 
     Args:
         checkpoint: The model.
-        hu: ``(D, H, W)`` int16, preprocessed.
+        hu: ``(D, H, W)`` HU, preprocessed.
         directions: ``(18, E)`` present minus absent prompt.
         device: For example ``"cuda:0"``.
 

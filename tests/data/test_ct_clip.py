@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 from scans import chest_hu, save
 
-from ctclip.data import ct_clip, nifti, volume
+from ctclip.data import ct_clip, nifti, storage, volume
 from ctclip.data.hu import apply_scaling
 from ctclip.data.volume import VolumeConfig
 
@@ -49,7 +49,7 @@ def test_the_two_clip_orders_differ_only_where_values_leave_the_window():
     assert np.abs(last - first).max() > 0.1
 
 
-def test_as_a_recipe_it_fixes_the_axes_and_rounds_to_whole_hu(tmp_path):
+def test_as_a_recipe_it_fixes_the_axes_and_costs_nothing(tmp_path):
     scan = volume.read(save(tmp_path / "scan.nii.gz", axes="RAS"))
     config = VolumeConfig(recipe="ct-clip", spacing_mm=(8.0, 5.0, 6.0), size=(40, 70, 48))
     cached = volume.preprocess(scan, config)
@@ -57,9 +57,12 @@ def test_as_a_recipe_it_fixes_the_axes_and_rounds_to_whole_hu(tmp_path):
         scan.hu.transpose(0, 2, 1), (8.0, 5.0, 6.0), target_mm=(8.0, 5.0, 6.0), size=(40, 70, 48)
     )
     assert cached.shape == (40, 70, 48)
-    assert np.abs(cached / 1000 - exact).max() <= 0.0005 + 1e-6
-    assert np.array_equal(
-        cached[2:38, 3:67, 2:46], np.clip(scan.hu, -1000, 1000).transpose(0, 2, 1)
-    )
+    assert np.abs(cached / 1000 - exact).max() <= 1e-6
+    frame = storage.compress(cached)
+    kept = storage.decompress(frame)
+    assert np.abs(kept - cached).max() <= 1 / 64 + 1e-4
+    assert np.array_equal(storage.read_box(frame, (3, 4, 5), (2, 2, 2)), kept[3:5, 4:6, 5:7])
+    clipped = np.clip(scan.hu, -1000, 1000).transpose(0, 2, 1)
+    assert np.allclose(cached[2:38, 3:67, 2:46], clipped, rtol=0, atol=2e-4)
     mm = volume.preprocessed_affine(scan, config) @ [7, 20, 12, 1]
     assert np.allclose(mm, scan.affine @ [5, 10, 17, 1], atol=1e-4)
