@@ -16,16 +16,13 @@ from torch.utils.checkpoint import noop_context_fn
 from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.inflate import inflate_from
 from ctclip.models.text import TextConfig, build_text_tower, freeze, set_trainable
-from ctclip.models.vit3d import VisionConfig, ViT3D, check_shape
+from ctclip.models.vit3d import VisionConfig, ViT3D
 
 if TYPE_CHECKING:
     from open_clip.hf_model import HFTextEncoder
 
 MAX_LOGIT_SCALE = math.log(100.0)
 """Bound of CLIP (Radford et al. 2021); without it the scale runs away on small data."""
-
-LARGEST_INPUT = 10.0
-"""Window values lie in [-1, 1]; noise and augmentation add a little, HU add a thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +106,8 @@ class CTCLIP(nn.Module):
             ``(B, E)``.
 
         Raises:
-            ValueError: If shape, channels or values can't be a windowed CT.
+            ValueError: If shape, type or values can't be a windowed CT.
         """
-        self._check(image)
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -122,7 +118,6 @@ class CTCLIP(nn.Module):
             ``{"prompt": (B, E), "report": (B, E)}``; the same tensor twice if there is only one
             read-out.
         """
-        self._check(image)
         features = self.visual.forward_readouts(image)
         if normalize:
             features = {name: F.normalize(value, dim=-1) for name, value in features.items()}
@@ -134,7 +129,6 @@ class CTCLIP(nn.Module):
         With mean and attention pooling (and in CT-CLIP) the mean over patches is the embedding of
         :meth:`encode_image` exactly: a prompt's score splits over regions.
         """
-        self._check(image)
         return self.visual.patches(image)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
@@ -222,21 +216,6 @@ class CTCLIP(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.ndim < 2 or any(table in name for table in tables)
         }
-
-    def _check(self, image: Tensor) -> None:
-        check_shape(image, self.visual.channels)
-        if torch.compiler.is_compiling() or image.numel() == 0:
-            return
-        low, high = (float(value) for value in torch.aminmax(image.detach()))
-        if math.isnan(low) or math.isinf(high - low):
-            raise ValueError(
-                "the volume holds NaN or infinite values; look at the scan with ctclip-inspect"
-            )
-        if max(-low, high) > LARGEST_INPUT:
-            raise ValueError(
-                f"voxels range from {low:g} to {high:g}; the model takes windowed values in "
-                "[-1, 1]. These look like HU: apply ctclip.data.volume.window first"
-            )
 
 
 def build_model(

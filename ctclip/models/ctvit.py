@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip import distributed
-from ctclip.models.vit3d import check_shape
+from ctclip.models.vit3d import check_volumes
 
 LOGIT_SCALE = 8.0
 """Fixed factor on cosine attention, in place of ``head_dim ** -0.5``."""
@@ -318,7 +318,7 @@ class CTViT(nn.Module):
         Raises:
             ValueError: If the volume's size isn't one that this tower can take.
         """
-        check_shape(image, self.channels)
+        check_volumes(image, self)
         if tuple(image.shape[3:]) != self.image_size or image.shape[2] % self.patch[0]:
             raise ValueError(
                 f"CT-ViT takes volumes of {self.image_size[0]} x {self.image_size[1]} voxels and a "

@@ -4,6 +4,7 @@ B batch, C channels, D H W voxels; d h w patches; N = d*h*w tokens; M width; E e
 Worked size: 240 x 480 x 480 in patches of 10 x 20 x 20 = 24 x 24 x 24 = 13,824 tokens.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
 }
 """Width, depth and heads by name: ViT-S, -B and -L of Dosovitskiy et al. 2021; tiny is for CPUs."""
+
+LARGEST_INPUT = 10.0
+"""Window values lie in [-1, 1]; noise and augmentation add a little, HU add a thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +318,7 @@ class ViT3D(nn.Module):
             ``(B, prefix + N, M)`` normalised tokens, the prefix (CLS, registers) first, and the
             grid ``(d, h, w)`` that the N tokens come from (fewer remain under patch dropout).
         """
-        check_shape(image, self.channels)
+        check_volumes(image, self)
         x = self.stem(_pad_to_patches(image, self.patch))
         batch, d, h, w, _ = x.shape
         where = [
@@ -386,21 +390,56 @@ class ViT3D(nn.Module):
         return rearrange(shares, "b (d h w) e -> b d h w e", d=d, h=h, w=w)
 
 
-def check_shape(image: Tensor, channels: int) -> None:
-    """Refuse a batch whose axes can't be what a tower expects, in words.
+def check_volumes(image: Tensor, tower: nn.Module) -> None:
+    """Refuse a batch that can't be the windowed volumes that a tower expects, in words.
+
+    It stands in the towers, so that other programs which build them (open_clip) pass it too. A
+    compiled graph leaves the values out: looking at them would break it.
 
     Raises:
-        ValueError: If it isn't ``(B, C, D, H, W)`` with ``channels`` channels.
+        TypeError: If it is no tensor.
+        ValueError: If it isn't ``(B, C, D, H, W)`` with the tower's channels, or its type or values
+            can't be those of windowed volumes.
     """
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"expected a tensor (B, C, D, H, W), got {type(image).__name__}; torch.as_tensor makes "
+            "one of an array"
+        )
+    shape = f"{tuple(image.shape)} (B, C, D, H, W)"
     if image.ndim != 5:
         raise ValueError(
             f"expected a batch of volumes (B, C, D, H, W), got shape {tuple(image.shape)}; "
             "a single volume needs volume[None]"
         )
-    if image.shape[1] != channels:
+    if image.shape[1] != tower.channels:
         raise ValueError(
-            f"expected {channels} channel(s), one for each HU window of the model, got "
-            f"{image.shape[1]} in shape {tuple(image.shape)} (B, C, D, H, W)"
+            f"expected {tower.channels} channel(s), one for each HU window of the model, got "
+            f"{image.shape[1]} in shape {shape}"
+        )
+    if 0 in image.shape[2:]:
+        raise ValueError(f"volumes of shape {shape} hold no voxels; look at what was cropped")
+    if torch.compiler.is_compiling():
+        return
+    expected = next(tower.parameters()).dtype
+    mixed = (torch.float32, torch.bfloat16, torch.float16)  # what autocast turns into its own
+    if image.dtype != expected and not (
+        image.dtype in mixed and torch.is_autocast_enabled(image.device.type)
+    ):
+        raise ValueError(
+            f"volumes are {image.dtype}, the model computes in {expected}; use image.to({expected})"
+        )
+    if image.is_meta or image.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(image.detach())).tolist()
+    if math.isnan(low) or math.isinf(high - low):
+        raise ValueError(
+            "the volume holds NaN or infinite values; look at the scan with ctclip-inspect"
+        )
+    if max(-low, high) > LARGEST_INPUT:
+        raise ValueError(
+            f"voxels range from {low:g} to {high:g}; the model takes windowed values in "
+            "[-1, 1]. These look like HU: apply ctclip.data.volume.window first"
         )
 
 

@@ -140,3 +140,12 @@ def test_the_own_tower_compiles_without_a_graph_break():
     compiled = torch.compile(model.encode_image, fullgraph=True, backend="eager")
 
     torch.testing.assert_close(compiled(IMAGE), model.encode_image(IMAGE))
+
+
+def test_autocast_takes_volumes_of_any_short_float(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        short, long = (
+            model.eval().encode_image(IMAGE.to(t)) for t in (torch.bfloat16, IMAGE.dtype)
+        )
+
+    torch.testing.assert_close(short, long, rtol=0.1, atol=0.1)

@@ -10,6 +10,7 @@ from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.text import TextConfig, Tokenizer
 from ctclip.models.vit3d import VisionConfig
 
+TEXT = TextConfig(name_or_path=None, width=32, layers=1, heads=2, context_length=64)
 CONFIG = {
     "embed_dim": 24,
     "vision": {"size": "tiny", "width": 48, "heads": 2, "patch": [4, 8, 8], "pooling": "mean"},
@@ -88,3 +89,25 @@ def test_open_clips_patch_dropout_switch_reaches_the_tower():
 def test_two_read_outs_are_refused():
     with pytest.raises(ValueError, match="one image embedding"):
         adapter.register("two", ModelConfig(vision=VisionConfig(readouts=2)))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.rand(1, 1, 16, 32, 32) * 1000, "look like HU"),
+        (torch.full((1, 1, 16, 32, 32), torch.nan), "NaN or infinite"),
+        (torch.zeros(1, 1, 0, 32, 32), "no voxels"),
+        (torch.zeros(1, 1, 16, 32, 32, dtype=torch.float64), "the model computes in torch.float32"),
+        (torch.zeros(1, 1, 16, 32, 32, dtype=torch.int16), r"image\.to\(torch\.float32\)"),
+    ],
+    ids=["HU", "NaN", "no depth", "float64", "int16"],
+)
+def test_what_our_model_refuses_open_clips_refuses_too(image, words):
+    model = open_clip.create_model("ctclip-tiny").eval()
+    ours = build_model(ModelConfig(vision=VisionConfig(size="tiny"), text=TEXT)).eval()
+
+    for each in (model, ours):
+        with pytest.raises(ValueError, match=words):
+            each.encode_image(image)
+    with pytest.raises(TypeError, match="got ndarray"):
+        ours.encode_image(image.numpy())

@@ -235,5 +235,5 @@ def test_a_model_that_cannot_be_found_is_explained(monkeypatch):
 
     monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unreachable)
 
-    with pytest.raises(FileNotFoundError, match="give the directory instead"):
+    with pytest.raises(FileNotFoundError, match="name its directory instead"):
         build_text_tower(TextConfig(name_or_path="somebody/some-bert"), 8)
