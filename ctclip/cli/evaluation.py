@@ -52,6 +52,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(evaluate.__doc__)
     parser.add_argument("scores", nargs="+", help="score tables, wide CSVs or CT-CLIP folders")
     parser.add_argument("--out", default="results/report", help="folder of the results")
+    parser.add_argument("--names", nargs="+", help="what to call each model, in their order")
     parser.add_argument("--labels", help="wide CSV of labels, for tables that lack them")
     parser.add_argument("--reports", help="manifest with reports: how suspected findings score")
     parser.add_argument("--protocol", help="name or YAML; see docs/evaluation.md")
@@ -68,7 +69,14 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     names = ("protocol", "split", "development", "rule", "replicates", "seed")
     values = given(args, **{name: name for name in names})
     settings = config.load(job.ReportConfig, values=values)
-    job.run(args.scores, args.out, settings, labels=args.labels, reports=args.reports)
+    job.run(
+        args.scores,
+        args.out,
+        settings,
+        labels=args.labels,
+        reports=args.reports,
+        names=args.names,
+    )
 
 
 @command

@@ -8,7 +8,7 @@ import json
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -74,6 +74,7 @@ def run(
     config: ReportConfig | None = None,
     labels: str | Path | None = None,
     reports: str | Path | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Model]:
     """The command.
 
@@ -86,6 +87,8 @@ def run(
         config: Protocol, splits, rule.
         labels: Labels of wide CSVs.
         reports: Manifest with report texts, for findings that are only suspected.
+        names: What to call each model; by default what its file says, and where several say the
+            same, what tells them apart.
 
     Raises:
         ValueError: If a file is no score table or doesn't fit the protocol.
@@ -96,8 +99,7 @@ def run(
     texts = None if reports is None else uncertain.read_reports(reports)
     protocol = protocols.load(config.protocol) if config.protocol else None
     tables = [_read(Path(path), labels, protocol) for path in paths]
-    _unique_names(tables, paths)
-    tables = _aligned(tables)
+    tables = _aligned(_named(tables, [Path(path) for path in paths], names))
     models = [
         _evaluated(Path(path), table, config) for path, table in zip(paths, tables, strict=True)
     ]
@@ -117,7 +119,7 @@ def run(
         pd.concat(parts).to_csv(folder / f"{stem}.csv", index=False)
     results = [model.evaluation.to_json() | {"file_sha256": model.sha256} for model in models]
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    command = _command(paths, out, config, labels, reports)
+    command = _command(paths, out, config, labels, reports, names)
     card.write(folder / "card.md", models, frames.get("comparisons", []), command)
     names = ", ".join(model.evaluation.model for model in models)
     report.Report(
@@ -169,15 +171,49 @@ def _evaluated(path: Path, table: ScoreTable, config: ReportConfig) -> Model:
     )
 
 
-def _unique_names(tables: Sequence[ScoreTable], paths: Sequence[str | Path]) -> None:
-    names = [table.name for table in tables]
-    for name in names:
-        if names.count(name) > 1:
-            same = [str(path) for path, other in zip(paths, names, strict=True) if other == name]
+def _named(
+    tables: Sequence[ScoreTable], paths: Sequence[Path], names: Sequence[str] | None
+) -> list[ScoreTable]:
+    """The tables, each with a name of its own in its header."""
+    if names is None:
+        names = _told_apart(tables, paths)
+    elif len(names) != len(paths):
+        raise ValueError(f"{len(names)} names for {len(paths)} score tables; give one for each")
+    for row, name in enumerate(names):
+        if name in names[:row]:
             raise ValueError(
-                f"{', '.join(same)} are all called {name!r}; give each score table's header "
-                "its own model name, or name the files differently"
+                f"{paths[names.index(name)]} and {paths[row]} are both called {name!r}; give each "
+                "a name: --names ours theirs"
             )
+    return [
+        replace(table, header=table.header | {"model": name})
+        for table, name in zip(tables, names, strict=True)
+    ]
+
+
+def _told_apart(tables: Sequence[ScoreTable], paths: Sequence[Path]) -> list[str]:
+    """The names of the tables; where two are equal, with what differs in brackets.
+
+    Every zero-shot run of one checkpoint calls its model alike, and its file scores.parquet.
+    """
+    names = [table.name for table in tables]
+    distinct = list(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        rows = [row for row, other in enumerate(names) if other == name]
+        headers = [tables[row].header for row in rows]
+        said = [
+            [str(header.get("checkpoint", "no checkpoint"))[:8] for header in headers],
+            [str(header.get("prompts", "no prompts")) for header in headers],
+        ]
+        found = [paths[row].resolve() for row in rows]
+        places = [[path.parent.name for path in found], [path.name for path in found]]
+        columns = [values for values in said if len(set(values)) > 1]
+        for values in places:
+            if len(set(zip(*columns, strict=True))) < len(rows) and len(set(values)) > 1:
+                columns.append(values)
+        for row, parts in zip(rows, zip(*columns, strict=True), strict=False):
+            distinct[row] = f"{name} ({', '.join(parts)})"
+    return distinct
 
 
 def _command(
@@ -186,11 +222,14 @@ def _command(
     config: ReportConfig,
     labels: str | Path | None,
     reports: str | Path | None,
+    names: Sequence[str] | None,
 ) -> str:
     words = ["python", "eval/report.py", *map(str, paths), "--out", str(out)]
     for flag, value in (("--labels", labels), ("--reports", reports)):
         if value is not None:
             words += [flag, str(value)]
+    if names is not None:
+        words += ["--names", *names]
     defaults = ReportConfig()
     for key, value in vars(config).items():
         if value != getattr(defaults, key):

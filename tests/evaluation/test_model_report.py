@@ -140,7 +140,33 @@ def test_models_of_different_findings_are_refused_by_name(tmp_path):
             model_report.run(order, tmp_path / "out", ReportConfig(replicates=0))
 
 
-def test_two_models_of_one_name_are_refused(tmp_path):
-    probabilities("ours", 1.5).save(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="all called 'ours'"):
-        model_report.run([tmp_path / "a.parquet"] * 2, tmp_path / "out", ReportConfig(replicates=0))
+def test_models_of_one_name_are_told_apart_by_what_differs(tmp_path):
+    """Zero-shot runs of one checkpoint all say 'model' and are all called scores.parquet."""
+    for folder, prompts in (
+        ("first", "default@1"),
+        ("second", "ct-clip@2"),
+        ("third", "default@1"),
+    ):
+        table = cohort(80, model="model", checkpoint="ab" * 32, prompts=prompts)
+        table.save(tmp_path / folder / "scores.parquet")
+    paths = [tmp_path / folder / "scores.parquet" for folder in ("first", "second", "third")]
+
+    def names(*wanted, **options):
+        config = ReportConfig(replicates=0)
+        found = model_report.run(wanted, tmp_path / "out", config, **options)
+        return [model.evaluation.model for model in found]
+
+    assert names(*paths[:2]) == ["model (default@1)", "model (ct-clip@2)"]
+    assert names(*paths) == [
+        "model (default@1, first)",
+        "model (ct-clip@2, second)",
+        "model (default@1, third)",
+    ]
+    assert names(*paths[:2], names=["ours", "theirs"]) == ["ours", "theirs"]
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "--names ours theirs" in card
+    assert "theirs minus ours" in card
+    with pytest.raises(ValueError, match="1 names for 2 score tables"):
+        names(*paths[:2], names=["ours"])
+    with pytest.raises(ValueError, match="are both called 'model'; give each a name: --names"):
+        names(paths[0], paths[0])
