@@ -257,7 +257,9 @@ def _suspects(
                 "cleanlab": bool(len(found.is_flagged) and found.is_flagged[row]),
                 "report": text,
                 "sentence": sentence,
-                "reason": _reason(int(labels[row]), text, suspect, bool(disagrees[row])),
+                "reason": _reason(
+                    int(labels[row]), text, suspect, bool(disagrees[row]), identified
+                ),
                 "decision": "",
             }
         )
@@ -284,18 +286,25 @@ def _about(said: Said | None, finding: str) -> tuple[Text, str]:
     return said.get(finding, ("not mentioned", ""))
 
 
-def _reason(label: int, text: Text, is_suspect: bool, image_disagrees: bool) -> str:
+def _reason(
+    label: int, text: Text, is_suspect: bool, image_disagrees: bool, is_identified: bool
+) -> str:
     stands = f"labelled {'present' if label else 'absent'}"
     said = {"affirmed": "the report affirms it", "denied": "the report denies it"}.get(text)
     if said is None:
         silence = "no report to ask" if text == "no report" else "the report doesn't mention it"
         image = "the image suggests otherwise" if image_disagrees else "the image leaves it open"
         return f"{stands}, {image}; {silence}"
-    contradicted = (text == "affirmed") != bool(label)
-    if image_disagrees and contradicted:
-        return f"{stands}, {said} and so does the image: labelling error"
-    if image_disagrees:
+    if (text == "affirmed") == bool(label):
         return f"{stands}, {said}, the image doesn't: reader or model"
-    if is_suspect:
-        return f"{stands}, {said}; the image leaves it open"
-    return f"{stands}, {said}; the image takes no side against the label"
+    if not is_identified:
+        return f"{stands}, {said}: report and label differ; the image can't tell"
+    if not is_suspect:
+        # the chance counts how such contradictions turn out, which one image can't outweigh
+        image = (
+            "such labels are mostly right" if image_disagrees else "the image agrees with the label"
+        )
+        return f"{stands}, {said}: report and label differ; {image}"
+    if image_disagrees:
+        return f"{stands}, {said} and so does the image: labelling error"
+    return f"{stands}, {said}; the image leaves it open"

@@ -126,6 +126,7 @@ def write(
     rows = listed.to_dict("records")
     gallery = [] if cohort is None else [_picture(cohort, row, locate) for row in rows]
     total = len(found.suspects)
+    wrong = int((found.suspects["p_wrong"] > config.suspicion).sum())
     sections = [
         Section(
             title="Noise per finding",
@@ -137,8 +138,10 @@ def write(
             frames=[_rates_frame(found)],
         ),
         Section(
-            title=f"The {min(total, config.pictures)} most suspicious of {total} labels",
+            title=f"The {min(total, config.pictures)} most suspicious of {total} listed labels",
             paragraphs=[
+                f"{wrong} labels are probably wrong (p_wrong above {config.suspicion:g}); "
+                f"{total - wrong} are listed after them only because the report says otherwise.",
                 "Fill the column 'decision' of review.csv with keep, flip or unknown, then apply "
                 "it. The slices go through the place that resembles the finding most (marked).",
             ],
@@ -149,7 +152,10 @@ def write(
     report.Report(title=f"Label audit of {config.split}", sections=sections).write(
         folder / "review.html"
     )
-    logger.info("review list: %s (%d labels)", folder / "review.csv", total)
+    logger.info(
+        "review list: %s (%d labels probably wrong, %d more that differ from the report)",
+        folder / "review.csv", wrong, total - wrong,
+    )  # fmt: skip
 
 
 def apply(review: str | Path, manifest: str | Path, out: str | Path, reviewer: str) -> pd.DataFrame:

@@ -56,6 +56,26 @@ def test_the_report_is_quoted_as_evidence(case):
     assert missed["reason"].str.contains("labelling error").any()
 
 
+def test_a_report_that_differs_from_a_right_label_is_no_labelling_error():
+    """Labels are right and reports deny a fifth of the cases: the image sides with the labels."""
+    truth = planted.table(800)
+    labels = np.full_like(truth.labels, np.nan)
+    labels[:, EMPHYSEMA] = truth.labels[:, EMPHYSEMA]
+    present = labels[:, EMPHYSEMA] == 1
+    missed = present & (np.random.default_rng(0).random(len(labels)) < 0.2)
+    texts = {
+        volume: "Emphysema is seen." if there and not wrong else "No emphysema."
+        for volume, there, wrong in zip(truth.volume_id, present, missed, strict=True)
+    }
+    rows = label_audit.audit(
+        replace(truth, labels=labels), texts, AuditConfig(replicates=20)
+    ).suspects
+    unlikely = rows[rows["p_wrong"] < 0.5]
+    assert len(unlikely) > 0.8 * missed.sum()
+    assert unlikely["reason"].str.contains("report and label differ").all()
+    assert (rows.loc[rows["reason"].str.contains("labelling error"), "p_wrong"] > 0.5).all()
+
+
 def test_cleanlab_agrees_on_most_suspects(case):
     pytest.importorskip("cleanlab")
     top = case[3].suspects.head(len(case[2]))
