@@ -371,6 +371,14 @@ def summarise(runs: list[dict], setting: Setting, replicates: int = 2000) -> dic
             f"{s:g}": [round(float(v), 4) for v in values]
             for s, *values in zip(sizes, mean["ctclip"] - mean["ctvit"], low, high, strict=True)
         }
+        own, theirs = (
+            np.array([smallest_seen(sizes, curve) for curve in [mean[name], *drawn[name]]])
+            for name in ("ctclip", "ctvit")
+        )
+        # Where a tower never gets there, the larger of the two is infinite and so is the ratio.
+        smaller = 1 - own / theirs
+        low, high = np.quantile(smaller[1:], [0.025, 0.975], method="nearest")
+        result["smaller_by"] = [round(float(value), 3) for value in (smaller[0], low, high)]
     return result
 
 
