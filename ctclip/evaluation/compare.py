@@ -130,6 +130,8 @@ def compare(a: ScoreTable, b: ScoreTable, replicates: int = 2000, seed: int = 0)
     a, b = align([a, b])
     usable = ~(np.isnan(a.labels) | np.isnan(b.labels) | np.isnan(a.scores) | np.isnan(b.scores))
     labels = np.where(usable, a.labels, np.nan)
+    if len(np.unique(a.patient_id)) < 2:
+        replicates = 0
     draws = bootstrap.draw(a.patient_id, replicates, seed)
     areas_a = bootstrap.replicate(draws, labels, a.scores)
     areas_b = bootstrap.replicate(draws, labels, b.scores)

@@ -23,6 +23,9 @@ LEARNT_AUROC = 0.70
 """A finding counts as learnt from this AUROC on the development split on. The choice is never made
 on the held-out patients, and findings that fall short are shown all the same."""
 
+CONSTANT = "one score for all cases: nothing is ranked"
+"""Note of a finding whose AUROC of 0.5 was no measurement."""
+
 RESAMPLED_PATIENTS = 50
 """Patients that either class needs for percentiles of a bootstrap to hold what they promise."""
 
@@ -128,7 +131,10 @@ class FindingResult:
     positives: int
     negatives: int
     unknown: int
-    """Cases without a label or without a score."""
+    """Cases without a label."""
+
+    unscored: int
+    """Cases with a label, but without a score."""
 
     positive_patients: int
     prevalence: float
@@ -188,6 +194,8 @@ def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Eva
     Returns:
         The evaluation. Findings are in the table's order.
     """
+    if len(np.unique(table.patient_id)) < 2:
+        replicates = 0
     draws = bootstrap.draw(table.patient_id, replicates, seed)
     areas = bootstrap.replicate(draws, table.labels, table.scores)
     precisions = bootstrap.replicate(
@@ -202,16 +210,18 @@ def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Eva
         sick = len(np.unique(table.patient_id[mask][label]))
         well = len(np.unique(table.patient_id[mask][~label]))
         patients = len(np.unique(table.patient_id[mask]))
-        if patients < 2:  # every draw is the same patient: a width of zero says nothing
-            areas[:, k] = precisions[:, k] = np.nan
-        low, high = auroc_interval(labels, scores, table.patient_id, areas[:, k])
-        precision_low, precision_high = bootstrap.interval(precisions[:, k])
+        unscored = int((~np.isnan(labels) & np.isnan(scores)).sum())
+        low = high = precision_low = precision_high = float("nan")
+        if patients > 1:  # every draw of one patient is that patient: a width of zero says nothing
+            low, high = auroc_interval(labels, scores, table.patient_id, areas[:, k])
+            precision_low, precision_high = bootstrap.interval(precisions[:, k])
         results.append(
             FindingResult(
                 finding=finding,
                 positives=positives,
                 negatives=negatives,
-                unknown=len(labels) - len(label),
+                unknown=int(np.isnan(labels).sum()),
+                unscored=unscored,
                 positive_patients=sick,
                 prevalence=positives / len(label) if len(label) else float("nan"),
                 auroc=auroc(labels, scores),
@@ -221,7 +231,7 @@ def evaluate(table: ScoreTable, *, replicates: int = 1000, seed: int = 0) -> Eva
                 average_precision_low=precision_low,
                 average_precision_high=precision_high,
                 sensitivity_at_90_specificity=sensitivity_at_specificity(labels, scores),
-                note=_note(positives, negatives, patients, min(sick, well)),
+                note=_note(label, table.scores[mask, k], unscored, patients, min(sick, well)),
             )
         )
     return Evaluation(
@@ -256,13 +266,15 @@ def _macro(
     return macro
 
 
-def _note(positives: int, negatives: int, patients: int, smaller: int) -> str:
-    if positives == 0 and negatives == 0:
-        return "nothing known: not measured"
-    if positives == 0:
+def _note(label: np.ndarray, score: np.ndarray, unscored: int, patients: int, smaller: int) -> str:
+    if not len(label):
+        return f"{'no scores' if unscored else 'nothing known'}: not measured"
+    if not label.any():
         return "no positives: not measured"
-    if negatives == 0:
+    if label.all():
         return "no negatives: not measured"
+    if score.min() == score.max():
+        return CONSTANT
     if patients == 1:
         return "rough: a single patient, no interval"
     if smaller < FEW_PATIENTS:

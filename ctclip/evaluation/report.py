@@ -125,6 +125,7 @@ def zero_shot_sections(table: ScoreTable, evaluation: metrics.Evaluation) -> lis
 
 def results_frame(evaluation: metrics.Evaluation) -> pd.DataFrame:
     """The numbers of one evaluation as a reader wants them: rounded, with intervals as text."""
+    any_unscored = any(r.unscored for r in evaluation.findings)
     rows = []
     for r in evaluation.findings:
         rows.append(
@@ -133,6 +134,7 @@ def results_frame(evaluation: metrics.Evaluation) -> pd.DataFrame:
                 "positive": r.positives,
                 "negative": r.negatives,
                 "unknown": r.unknown,
+                **({"not scored": r.unscored} if any_unscored else {}),
                 "prevalence": f"{100 * r.prevalence:.1f} %" if r.prevalence == r.prevalence else "",
                 "AUROC": with_interval(r.auroc, r.auroc_low, r.auroc_high),
                 "average precision": with_interval(

@@ -108,3 +108,20 @@ def test_one_patient_has_no_interval():
     assert all(np.isnan(result.average_precision_low) for result in found.findings)
     assert np.isnan(found.macro["auroc_low"])
     assert found.findings[0].note == "rough: a single patient, no interval"
+
+
+def test_a_constant_score_is_called_one():
+    table = random_table()
+    table.scores[:, 1] = 0.3
+    assert metrics.evaluate(table, replicates=0).findings[1].note == metrics.CONSTANT
+
+
+def test_a_case_without_a_score_is_not_one_without_a_label():
+    table = random_table()
+    table.scores[:60, 0] = np.nan
+    table.labels[50:90, 0] = np.nan
+    table.scores[:, 1] = np.nan
+    found = metrics.evaluate(table, replicates=0).findings
+    assert (found[0].unknown, found[0].unscored) == (40, 50)
+    assert (found[1].unknown, found[1].unscored) == (0, 200)
+    assert found[1].note == "no scores: not measured"
