@@ -11,9 +11,8 @@ from ctclip.models.vit3d import VisionConfig, ViT3D
 
 def flat(**settings):
     torch.manual_seed(0)
-    return timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, num_classes=0, **settings
-    ).eval()
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+    return timm.models.VisionTransformer(**(shape | {"num_classes": 0} | settings)).eval()
 
 
 def deep(**settings):
@@ -50,6 +49,52 @@ def test_equal_slices_give_the_2d_networks_tokens(network):
     tokens, _ = tower.tokens(volume)
     expected = vit.forward_features(normalised(grey, mean, std))
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_cls_any_number_of_planes_keeps_the_tokens():
+    vit = flat(class_token=False, global_pool="avg", fc_norm=False)
+    tower = deep(pooling="attention", position_grid=(3, 4, 4), slice_group=2)
+    grey = torch.rand(2, 32, 32) * 2 - 1
+
+    inflate(tower, vit.state_dict())
+
+    tokens, grid = tower.tokens(grey[:, None, None].expand(-1, 1, 12, -1, -1))
+    expected = vit.forward_features(normalised(grey, [0.5] * 3, [0.5] * 3))
+    assert grid == (3, 4, 4)
+    torch.testing.assert_close(tokens, expected.repeat(1, 3, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["with positions", "without"])
+def test_a_register_keeps_the_cls_token_where_nothing_reads_it(embedded, caplog):
+    """On a grid of odd side: its table of positions is odd with and without a CLS token."""
+    vit = flat(img_size=40, no_embed_class=not embedded, reg_tokens=1)
+    shape = {"pooling": "mean", "position_grid": (1, 5, 5)}
+    grey = torch.rand(1, 40, 40) * 2 - 1
+    tower = deep(**shape, registers=2)
+
+    inflate(tower, vit.state_dict())
+    assert not caplog.messages
+    inflate(deep(**shape, registers=1), vit.state_dict())
+
+    tokens, _ = tower.tokens(grey[:, None, None].expand(-1, 1, 4, -1, -1))
+    expected = vit.forward_features(normalised(grey, [0.5] * 3, [0.5] * 3))
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+    assert "vision.registers=2 keeps them" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ({"qk_norm": True}, r"attn\.q_norm\.weight has no place"),
+        ({"pre_norm": True}, r"norm_pre\.weight has no place"),
+        ({"qkv_bias": False}, r"it lacks blocks\.0\.attn\.qkv\.bias"),
+        ({"mlp_ratio": 2}, r"mlp\.fc1\.weight is \(96, 48\) instead of \(192, 48\)"),
+        ({"global_pool": "avg"}, r"it lacks norm\.weight"),
+    ],
+)
+def test_weights_that_would_be_lost_are_refused(network, words):
+    with pytest.raises(ValueError, match=words):
+        inflate(deep(), flat(**network).state_dict())
 
 
 def test_several_windows_of_one_image_count_once():
@@ -108,6 +153,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         inflate(deep(depth=3), flat().state_dict())
     with pytest.raises(ValueError, match="no vision transformer"):
         inflate(deep(), {"conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="timm has no model 'vit_enormous'"):
+        inflate_from(deep(), "vit_enormous")
     with pytest.raises(FileNotFoundError, match="to inflate"):
         inflate_from(deep(), str(tmp_path / "nothing.safetensors"))
     (tmp_path / "hello.pt").write_text("hello")
@@ -125,7 +172,10 @@ def test_a_timm_name_brings_its_own_normalisation(monkeypatch):
         return made.setdefault(name, create(name, pretrained=False).eval())
 
     monkeypatch.setattr(timm, "create_model", offline)
-    tower = deep(width=192, depth=12, heads=3, patch=(2, 16, 16), position_grid=(1, 14, 14))
+    shape = {"width": 192, "depth": 12, "patch": (2, 16, 16), "position_grid": (1, 14, 14)}
+    with pytest.raises(ValueError, match="has 3 heads, the tower 4; set vision"):
+        inflate_from(deep(**shape, heads=4), "deit_tiny_patch16_224.fb_in1k")
+    tower = deep(**shape, heads=3)
 
     inflate_from(tower, "deit_tiny_patch16_224.fb_in1k")
 
