@@ -97,6 +97,19 @@ def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") 
         raise ConfigError(f"{prefix}{first['msg']}, got {first['input']!r}") from None
 
 
+def require_at_least(config: Any, prefix: str, least: int, *names: str) -> None:
+    """Refuse numbers, and tuples of them, below a bound; None stands for a default that isn't.
+
+    Raises:
+        ValueError: Naming the field as YAML does.
+    """
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number is not None and not number >= least for number in numbers):
+            raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a config into plain YAML- and JSON-able values (tuples become lists)."""
     return _plain(dataclasses.asdict(config))

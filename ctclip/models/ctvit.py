@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip import distributed
+from ctclip.config import require_at_least
 from ctclip.models.vit3d import check_volumes
 
 LOGIT_SCALE = 8.0
@@ -44,6 +45,8 @@ class CTViTConfig:
     channels: int = 1
 
     def __post_init__(self) -> None:
+        counts = ("image_size", "patch", "width", "spatial_depth", "temporal_depth", "heads")
+        require_at_least(self, "ctvit.", 1, *counts, "head_dim", "codes", "channels")
         if self.image_size[0] % self.patch[1] or self.image_size[1] % self.patch[2]:
             raise ValueError(
                 f"ctvit.image_size {self.image_size} must be a multiple of the patch's height and "

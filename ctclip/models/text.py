@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ctclip.config import require_at_least
 from ctclip.models.ctvit import Codebook
 
 if TYPE_CHECKING:
@@ -64,8 +65,11 @@ class TextConfig:
     """Rank of the adapters with ``train="lora"``."""
 
     def __post_init__(self) -> None:
-        if self.context_length < 3:
-            raise ValueError(f"text.context_length must be at least 3, got {self.context_length}")
+        require_at_least(self, "text.", 1, "width", "heads", "train_layers", "lora_rank")
+        require_at_least(self, "text.", 0, "layers")
+        require_at_least(self, "text.", 3, "context_length")  # two special tokens and a word
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"text.dropout must be in [0, 1), got {self.dropout}")
         if self.width % self.heads:
             raise ValueError(
                 f"text.width ({self.width}) must be a multiple of text.heads ({self.heads})"

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ctclip.config import require_at_least
 from ctclip.models.pooling import READOUTS, make_readout
 from ctclip.models.positions import LearnedPositions, RotaryPositions, SinCosPositions, centred
 from ctclip.models.stem import ConvStem, LinearStem
@@ -90,15 +91,13 @@ class VisionConfig:
     """With ``slice_group``: every n-th block attends to the whole scan, others to groups."""
 
     def __post_init__(self) -> None:
-        if any(edge < 1 for edge in self.patch):
-            raise ValueError(f"vision.patch must be positive voxels (D, H, W), got {self.patch}")
+        counts = ("width", "depth", "heads", "channels", "patch", "stem_edge", "stem_channels")
+        require_at_least(self, "vision.", 1, *counts, "position_grid", "queries", "full_every")
+        require_at_least(self, "vision.", 0, "registers", "slice_group")
+        if not all(0.0 < step < math.inf for step in self.position_step):
+            raise ValueError(f"vision.position_step must be positive, got {self.position_step}")
         if not 0.0 <= self.patch_dropout < 1.0:
             raise ValueError(f"vision.patch_dropout must be in [0, 1), got {self.patch_dropout}")
-        if self.slice_group < 0 or self.full_every < 1:
-            raise ValueError(
-                "vision.slice_group must be >= 0 and vision.full_every >= 1, "
-                f"got {self.slice_group} and {self.full_every}"
-            )
         width, _, heads = self.shape
         if width % (2 * heads):
             raise ValueError(

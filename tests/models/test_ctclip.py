@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from ctclip.config import ConfigError, from_dict
 from ctclip.models.ctclip import ModelConfig, build_model
 from ctclip.models.text import TextConfig, Tokenizer
 from ctclip.models.vit3d import VisionConfig
@@ -61,6 +62,27 @@ def test_logits_are_scaled_cosines(model):
     expected = output["logit_scale"] * output["image_features"] @ output["text_features"].T
     torch.testing.assert_close(per_image, expected)
     assert torch.equal(per_text, per_image.T)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"vision": {"queries": 0}}, r"vision\.queries must be at least 1, got 0"),
+        ({"vision": {"registers": -1}}, r"vision\.registers must be at least 0, got -1"),
+        ({"vision": {"depth": 0}}, r"vision\.depth must be at least 1, got 0"),
+        ({"vision": {"heads": 0}}, r"vision\.heads must be at least 1, got 0"),
+        ({"vision": {"patch": [8, 0, 8]}}, r"vision\.patch must be at least 1, got \(8, 0, 8\)"),
+        ({"vision": {"position_step": [1, 1, 0]}}, r"vision\.position_step must be positive"),
+        ({"ctvit": {"heads": 0}}, r"ctvit\.heads must be at least 1, got 0"),
+        ({"ctvit": {"codes": 0}}, r"ctvit\.codes must be at least 1, got 0"),
+        ({"ctvit": {"spatial_depth": 0}}, r"ctvit\.spatial_depth must be at least 1, got 0"),
+        ({"text": {"heads": 0}}, r"text\.heads must be at least 1, got 0"),
+        ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
+    ],
+)
+def test_numbers_that_no_model_can_have_are_refused_by_name(values, words):
+    with pytest.raises(ConfigError, match=words):
+        from_dict(ModelConfig, values)
 
 
 def test_one_read_out_serves_both_purposes(model):

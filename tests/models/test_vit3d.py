@@ -213,7 +213,7 @@ def test_the_wrong_number_of_windows_is_refused():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"patch": (0, 8, 8)}, "vision.patch must be positive"),
+        ({"patch": (0, 8, 8)}, "vision.patch must be at least 1"),
         ({"patch_dropout": 1.0}, r"vision.patch_dropout must be in \[0, 1\)"),
         ({"width": 50, "heads": 4}, "multiple of twice vision.heads"),
         ({"slice_group": -1}, "vision.slice_group"),
