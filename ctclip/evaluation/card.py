@@ -30,8 +30,8 @@ def write(
     lines += ["", "```", command, "```", ""]
     lines += ["on these files:", ""]
     lines += [
-        "| model | file | SHA-256 | checkpoint | prompts | protocol |",
-        "|---|---|---|---|---|---|",
+        "| model | file | SHA-256 | checkpoint | prompts | protocol | split |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model in models:
         header = model.test.header
@@ -42,8 +42,13 @@ def write(
             f"`{str(header.get('checkpoint', 'not stated'))[:12]}`",
             str(header.get("prompts", "not stated")),
             model.protocol,
+            model.evaluation.split,
         ]
         lines.append(_row(cells))
+    cautions = [(model.evaluation.model, text) for model in models for text in model.cautions]
+    if cautions:
+        lines += ["", "To bear in mind:", ""]
+        lines += [f"- {name}: {text}" for name, text in cautions]
     for protocol in dict.fromkeys(model.protocol for model in models):
         members = [model for model in models if model.protocol == protocol]
         lines += ["", f"## AUROC under {protocol}", ""]

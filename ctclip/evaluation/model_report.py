@@ -15,6 +15,7 @@ import pandas as pd
 
 from ctclip.evaluation import (
     card,
+    cautions,
     compare,
     importers,
     metrics,
@@ -25,7 +26,7 @@ from ctclip.evaluation import (
     uncertain,
 )
 from ctclip.evaluation.report import Section
-from ctclip.evaluation.scores import ScoreTable
+from ctclip.evaluation.scores import ScoreTable, ScoreTableError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class ReportConfig:
     """How score tables are evaluated."""
 
     protocol: str | None = None
-    """Applied to tables that are under none yet; ``None`` leaves them as they are."""
+    """Applied to tables that are under none yet (the others keep theirs, with a warning); ``None``
+    leaves all as they are."""
 
     split: str | None = None
     """Cases to report on; ``None`` takes "test" where there is one, else "valid", else all."""
@@ -50,6 +52,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.rule not in thresholds.RULES:
             raise ValueError(f"rule is {self.rule!r}, expected one of {thresholds.RULES}")
+        if self.replicates < 0:
+            raise ValueError(f"replicates must be >= 0, got {self.replicates}; 0: no intervals")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +65,8 @@ class Model:
     test: ScoreTable
     development: ScoreTable | None
     evaluation: metrics.Evaluation
+    cautions: Sequence[str]
+    """What to know before believing it; see :mod:`ctclip.evaluation.cautions`."""
 
     @property
     def protocol(self) -> str:
@@ -129,13 +135,23 @@ def run(
     ).write(folder / "report.html")
     for model in models:
         report.print_evaluation(model.evaluation)
+        for caution in model.cautions:
+            logger.warning("%s: %s", model.evaluation.model, caution)
     logger.info("report: %s", folder / "report.html")
     return models
 
 
 def _read(path: Path, labels: str | Path | None, protocol: protocols.Protocol | None) -> ScoreTable:
     table = importers.load(path, labels, protocol)
-    return table if protocol is None or "protocol" in table.header else protocol.apply(table)
+    under = table.header.get("protocol")
+    if protocol is None or under == protocol.label:
+        return table
+    if under is not None:
+        return table.noting(f"it is already under {under}, so {protocol.label} was not applied.")
+    try:
+        return protocol.apply(table)
+    except protocols.ProtocolError as error:
+        raise protocols.ProtocolError(f"{path}: {error}") from None
 
 
 def _aligned(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
@@ -151,23 +167,35 @@ def _aligned(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
 
 
 def _evaluated(path: Path, table: ScoreTable, config: ReportConfig) -> Model:
-    if config.split is None:
+    split = config.split
+    if split is None:
         split = next((s for s in ("test", "valid") if (table.split == s).any()), None)
-    else:
-        split = config.split
-    test = table if split is None else table.of_split(split)
+    try:
+        test = table if split is None else table.of_split(split)
+    except ScoreTableError as error:
+        raise ScoreTableError(f"{path}: {error}") from None
     wanted = config.development or ("valid" if split == "test" else None)
+    if wanted is not None and wanted in test.split:
+        raise ValueError(
+            f"{path}: split {wanted!r} is evaluated, so it can't be the development split that "
+            "thresholds come from; name another for --development or leave it out"
+        )
     has_development = wanted is not None and bool((table.split == wanted).any())
     development = table.of_split(wanted) if wanted and has_development else None
     if config.development and development is None:
-        raise ValueError(f"{path}: no case of split {config.development!r} for thresholds")
+        raise ValueError(
+            f"{path}: no case of split {config.development!r} for thresholds; the table has "
+            f"{table.split_name}"
+        )
     source = path / "predicted_weights.npz" if path.is_dir() else path
+    evaluation = metrics.evaluate(test, replicates=config.replicates, seed=config.seed)
     return Model(
         path=path,
         sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
         test=test,
         development=development,
-        evaluation=metrics.evaluate(test, replicates=config.replicates, seed=config.seed),
+        evaluation=evaluation,
+        cautions=cautions.of(test, development, evaluation),
     )
 
 

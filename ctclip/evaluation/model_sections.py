@@ -9,6 +9,7 @@ import pandas as pd
 
 from ctclip.evaluation import (
     calibration,
+    cautions,
     compare,
     metrics,
     plots,
@@ -59,7 +60,7 @@ def build(
         Section(
             title="Summary",
             paragraphs=[f"Protocol {protocol}. Patients were resampled {config.replicates} times."],
-            warnings=_warnings(models),
+            warnings=[f"{m.evaluation.model}: {caution}" for m in models for caution in m.cautions],
             frames=[_summary(evaluations)],
             figures=[Picture(image=bars, caption="AUROC with 95 % intervals.")],
         ),
@@ -85,30 +86,6 @@ def build(
     return sections
 
 
-def _warnings(models: "Sequence[Model]") -> list[str]:
-    warnings = []
-    for model in models:
-        header, name = model.test.header, model.evaluation.model
-        if header.get("label_informed"):
-            warnings.append(
-                f"{name} saw labels of these findings in training: not a zero-shot number."
-            )
-        if header.get("prompt_direction_spread", 0) > 0.8:
-            warnings.append(
-                f"{name}: prompts of different findings point the same way (mean |cosine| "
-                f"{header['prompt_direction_spread']:.2f}); they share one 'present' axis."
-            )
-        unmeasured = [r.finding for r in model.evaluation.findings if np.isnan(r.auroc)]
-        if unmeasured:
-            warnings.append(f"{name}: not measured, not in the macro: {', '.join(unmeasured)}.")
-        if (model.test.patient_id == model.test.volume_id).all() and len(model.test) > 1:
-            warnings.append(
-                f"{name}: every case is its own patient; if patients have several, the intervals "
-                "are too narrow."
-            )
-    return warnings
-
-
 def _summary(evaluations: Sequence[metrics.Evaluation]) -> pd.DataFrame:
     rows = []
     for evaluation in evaluations:
@@ -116,6 +93,7 @@ def _summary(evaluations: Sequence[metrics.Evaluation]) -> pd.DataFrame:
         rows.append(
             {
                 "model": evaluation.model,
+                "split": evaluation.split,
                 "findings": int(macro["num_findings"]),
                 "cases": evaluation.cases,
                 "patients": evaluation.patients,
@@ -226,12 +204,14 @@ def _thresholds(
     frames, warnings, paragraphs = [], [], []
     for model in models:
         name = model.evaluation.model
-        if model.development is not None and not model.protocol.startswith("ct-clip@"):
+        if model.development is not None and not cautions.is_optimistic(
+            model.test, model.development
+        ):
             chosen = thresholds.from_development(model.development, config.rule)
             kind = f"development ({config.rule})"
             paragraphs.append(
                 f"{name}: thresholds by rule '{config.rule}' from {len(model.development)} "
-                "development cases."
+                f"development cases (split: {model.development.split_name})."
             )
         else:
             chosen = thresholds.optimistic(model.test)

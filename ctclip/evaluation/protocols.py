@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import yaml
 
+from ctclip.evaluation import prompts
 from ctclip.evaluation.scores import ScoreTable
 from ctclip.findings import FINDINGS
 
@@ -54,7 +55,9 @@ class Protocol:
     pool: Pool = "mean"
     """How the scores of a unit's volumes become one; without effect for ``unit: volume``."""
 
-    prompts: str = "default"
+    prompts: str | None = None
+    """The prompt set that scores have to be made with; ``None`` leaves each model its own."""
+
     thresholds: Thresholds = "development"
     about: str = ""
 
@@ -79,7 +82,8 @@ class Protocol:
             One row per unit, one column per finding of the protocol.
 
         Raises:
-            ProtocolError: If the table is under another protocol or lacks a finding.
+            ProtocolError: If the table is under another protocol, says that it was made with
+                other prompts, or lacks a finding.
         """
         if table.header.get("protocol", self.label) != self.label:
             raise ProtocolError(
@@ -88,6 +92,7 @@ class Protocol:
             )
         if "protocol" in table.header:
             return table
+        self._require_prompts(table)
         for finding in self.findings:
             missing = [name for name in finding.scores if name not in table.findings]
             if missing:
@@ -104,9 +109,23 @@ class Protocol:
             findings=tuple(finding.name for finding in self.findings),
             labels=np.stack(labels, axis=1),
             scores=np.stack(scores, axis=1),
-            header=table.header | {"protocol": self.label, "unit": self.unit},
+            header=table.header
+            | {"protocol": self.label, "unit": self.unit, "thresholds": self.thresholds},
         )
         return merged if self.unit == "volume" else _pooled(merged, self.unit, self.pool)
+
+    def _require_prompts(self, table: ScoreTable) -> None:
+        """Refuse scores of other prompts; a table of foreign origin may say nothing about them."""
+        stated = table.header.get("prompts")
+        if self.prompts is None or stated is None:
+            return
+        wanted = prompts.load(self.prompts).label
+        if stated != wanted:
+            raise ProtocolError(
+                f"{table.name} was scored with prompts {stated}, {self.label} is for {wanted}; "
+                f"score again with prompts={self.prompts}, or take a protocol that leaves prompts "
+                "open"
+            )
 
 
 def load(source: str | Path) -> Protocol:

@@ -20,6 +20,9 @@ HEADER_KEY = b"ctclip.scores"
 CSV_MARK = "# ctclip-scores "
 META_PREFIX = "meta_"
 KEY_COLUMNS = ("volume_id", "study_id", "patient_id", "split")
+NOTES = "notes"
+"""Key of the header: sentences on what reading or a protocol did to the table."""
+
 SAY_WHOSE = (
     "intervals resample patients, so say whose volume it is; if all patients are different, repeat "
     "the volume_id"
@@ -85,6 +88,18 @@ class ScoreTable:
     def name(self) -> str:
         """What to call this model in a figure or a column."""
         return str(self.header.get("model", "model"))
+
+    @property
+    def split_name(self) -> str:
+        """The split or splits of its rows, in words."""
+        names = sorted(set(self.split.tolist()))
+        return ", ".join(name or "not stated" for name in names)
+
+    def noting(self, *notes: str) -> "ScoreTable":
+        """The same table with sentences added to its header's notes."""
+        if not notes:
+            return self
+        return replace(self, header=self.header | {NOTES: [*self.header.get(NOTES, []), *notes]})
 
     def rows(self, index: np.ndarray) -> "ScoreTable":
         """The given rows (indices or boolean mask), in the given order."""

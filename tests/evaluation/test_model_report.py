@@ -170,3 +170,67 @@ def test_models_of_one_name_are_told_apart_by_what_differs(tmp_path):
         names(*paths[:2], names=["ours"])
     with pytest.raises(ValueError, match="are both called 'model'; give each a name: --names"):
         names(paths[0], paths[0])
+
+
+def halves(**changes):
+    """Half of the patients for development, half for the test."""
+    table = cohort(80, model="ours")
+    split = np.where(np.arange(80) < 40, "valid", "test")
+    return replace(table, **{"split": split, **changes})
+
+
+def both(folder):
+    """What page and card say."""
+    return [(folder / name).read_text() for name in ("report.html", "card.md")]
+
+
+def test_a_protocols_own_thresholds_are_used_whatever_its_name(tmp_path, caplog):
+    protocol = tmp_path / "mine.yaml"
+    protocol.write_text("name: mine\nthresholds: optimistic\nfindings: [Emphysema, Lung nodule]\n")
+    halves().save(tmp_path / "a.parquet")
+    config = ReportConfig(protocol=str(protocol), replicates=0)
+    model_report.run([tmp_path / "a.parquet"], tmp_path / "out", config)
+    table = pd.read_csv(tmp_path / "out" / "thresholds.csv")
+    assert table["thresholds from"].str.startswith("OPTIMISTIC").all()
+    for text in (*both(tmp_path / "out"), caplog.text):
+        assert "thresholds are OPTIMISTIC" in text
+
+
+def test_a_table_under_another_protocol_keeps_it_and_page_and_card_say_so(small, caplog):
+    config = ReportConfig(protocol=str(small / "one.yaml"), replicates=0)
+    model_report.run([small / "b.parquet"], small / "out", config)
+    for text in (*both(small / "out"), caplog.text):
+        assert "already under ct-clip@" in text
+        assert "was not applied" in text
+
+
+def test_training_cases_are_not_shown_as_if_they_were_new(tmp_path, caplog):
+    halves(split=np.full(80, "train")).save(tmp_path / "a.parquet")
+    model_report.run([tmp_path / "a.parquet"], tmp_path / "out", ReportConfig(replicates=0))
+    page, card = both(tmp_path / "out")
+    for text in (page, card, caplog.text):
+        assert "training cases are among those evaluated" in text
+    assert "| as-given | train |" in card
+
+
+def test_thresholds_of_the_evaluated_cases_are_never_called_development(tmp_path):
+    halves().save(tmp_path / "a.parquet")
+    for config in (
+        ReportConfig(split="test", development="test"),
+        ReportConfig(development="test"),
+        ReportConfig(split="valid", development="valid"),
+    ):
+        with pytest.raises(ValueError, match="is evaluated, so it can't be the development split"):
+            model_report.run([tmp_path / "a.parquet"], tmp_path / "out", config)
+
+
+def test_patients_in_development_and_test_are_counted(tmp_path):
+    halves(patient_id=np.array([f"p{i % 41}" for i in range(80)])).save(tmp_path / "a.parquet")
+    model_report.run([tmp_path / "a.parquet"], tmp_path / "out", ReportConfig(replicates=0))
+    for text in both(tmp_path / "out"):
+        assert "39 of 40 patients are in the development split too" in text
+
+
+def test_a_negative_number_of_replicates_is_refused():
+    with pytest.raises(ValueError, match="replicates must be >= 0, got -5"):
+        ReportConfig(replicates=-5)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ctclip.evaluation import importers, protocols
+from ctclip.evaluation import importers, prompts, protocols
 from ctclip.evaluation.scores import ScoreTable, ScoreTableError
 from ctclip.findings import FINDINGS
 
@@ -151,3 +151,15 @@ def test_a_wide_volume_without_a_patient_is_not_given_to_a_patient_called_nan(tm
     (tmp_path / "labels.csv").write_text("VolumeName,patient_id,Emphysema\na,P1,1\nb,,0\nc,,0\n")
     with pytest.raises(ScoreTableError, match=r"labels\.csv: patient_id is empty for 2 of 3 .*'b'"):
         importers.load(tmp_path / "scores.csv", tmp_path / "labels.csv")
+
+
+def test_a_protocol_of_fixed_prompts_refuses_scores_of_others():
+    """ct-clip@hash beside a number says that CT-CLIP's own prompt pair made it."""
+    own = prompts.load("ct-clip").label
+    ct_clip = protocols.load("ct-clip")
+    for header in ({"model": "toy"}, {"model": "toy", "prompts": own}):
+        assert ct_clip.apply(replace(table(), header=header)).header["protocol"] == ct_clip.label
+    other = replace(table(), header={"model": "toy", "prompts": prompts.load("default").label})
+    with pytest.raises(protocols.ProtocolError, match=r"with prompts default@.* is for ct-clip@"):
+        ct_clip.apply(other)
+    assert protocols.load("ct-rate-18").apply(other).header["prompts"].startswith("default@")
