@@ -24,7 +24,7 @@ from ctclip.models import convert
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.head import LinearHead
-from ctclip.models.text import CXR_BERT, Tokenizer, merged_state_dict
+from ctclip.models.text import CXR_BERT, Tokenizer, merged_state_dict, require_fit
 
 VERSION = version("ctclip")
 
@@ -295,11 +295,10 @@ def _from_conversion(conversion: convert.Conversion, path: Path, tokenizer: str)
             f"{path} doesn't hold its tokenizer: put tokenizer.json or vocab.txt beside it, or "
             f"give ctclip-convert their folder with --tokenizer ({error})"
         ) from None
-    if text.vocab_size > conversion.model.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer {tokenizer!r} has {text.vocab_size} words, the text tower of {path} "
-            f"knows {conversion.model.vocab_size}; it belongs to another model"
-        )
+    try:
+        require_fit(text, conversion.model.text.config, tokenizer, f"the text tower of {path}")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     sha256 = sha256_of(path)
     assert model_config.ctvit is not None
     return Checkpoint(

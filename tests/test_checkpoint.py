@@ -223,6 +223,16 @@ def test_a_tokenizer_of_another_model_is_refused(ct_clip_file, tmp_path):
         checkpoint.load(path, tokenizer=tokenizer)
 
 
+def test_a_tokenizer_that_pads_with_another_word_is_refused(ct_clip_file, tmp_path):
+    """The tower would read its padding: a prompt's embedding would change with its batch."""
+    path, tokenizer, _ = ct_clip_file
+    words = (tmp_path / "bert" / "vocab.txt").read_text().split("\n")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join([words[1], words[0], *words[2:]]))
+
+    with pytest.raises(CheckpointError, match="pads with 1, the text tower of .* with 0"):
+        checkpoint.load(path, tokenizer=tokenizer)
+
+
 def test_something_else_called_pt_is_refused_as_a_checkpoint(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "other.pt")
 

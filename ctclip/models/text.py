@@ -245,10 +245,44 @@ class Tokenizer:
 
 
 def build_tokenizer(config: TextConfig) -> Tokenizer:
-    """The tokenizer that belongs to a text config: the named model's or the built-in one."""
-    if config.name_or_path is None:
+    """The tokenizer that belongs to a text config: the named model's or the built-in one.
+
+    Raises:
+        FileNotFoundError: If the named model can't be found.
+        ValueError: If the named model's tokenizer and its BERT don't fit each other.
+    """
+    name = config.name_or_path
+    if name is None:
         return Tokenizer.builtin(config.context_length, config.truncation)
-    return Tokenizer.from_pretrained(config.name_or_path, config.context_length, config.truncation)
+    tokenizer = Tokenizer.from_pretrained(name, config.context_length, config.truncation)
+    require_fit(tokenizer, _hf_config(_hf_config_dict(name)), name, f"the text tower of {name}")
+    return tokenizer
+
+
+def require_fit(tokenizer: Tokenizer, hf_config: Any, name: str, tower: str) -> None:
+    """Refuse a tokenizer of another model than the text tower's.
+
+    Args:
+        tokenizer: The tokenizer.
+        hf_config: The tower's Hugging Face config.
+        name: What errors call the tokenizer.
+        tower: What errors call the tower.
+
+    Raises:
+        ValueError: If it has words that the tower doesn't know, or another padding: the tower would
+            read the padding, so that a text's embedding would change with its batch.
+    """
+    if tokenizer.vocab_size > hf_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {name!r} has {tokenizer.vocab_size} words, {tower} knows "
+            f"{hf_config.vocab_size}; it belongs to another model"
+        )
+    if tokenizer.pad_token_id != hf_config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer {name!r} pads with {tokenizer.pad_token_id}, {tower} with "
+            f"{hf_config.pad_token_id}; it belongs to another model, or one of the two files "
+            "is wrong"
+        )
 
 
 def build_text_tower(
@@ -289,8 +323,8 @@ def build_text_tower(
                 )
             # transformers keeps a file's own dtype; half of a tower in fp16 helps nobody.
             tower.transformer = weights.float()
-    limit = getattr(tower.config, "max_position_embeddings", config.context_length)
-    if config.context_length > limit:
+    limit = tower.context_length
+    if 0 < limit < config.context_length:
         raise ValueError(
             f"text.context_length is {config.context_length}, but this BERT has {limit} positions"
         )
@@ -392,26 +426,37 @@ def register_cxr_bert() -> None:
         AutoModel.register(CXRBertConfig, CXRBertModel)
 
 
-def _encoder(hf_config: dict[str, Any], embed_dim: int, pooling: str) -> "HFTextEncoder":
+def _hf_config(values: dict[str, Any]) -> Any:
+    """The Hugging Face config object of a ``config.json``'s values."""
     from open_clip.hf_configs import arch_dict
-    from open_clip.hf_model import HFTextEncoder
     from transformers import AutoConfig
 
     register_cxr_bert()
-    values = {k: v for k, v in hf_config.items() if k not in ("auto_map", "architectures")}
+    values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     model_type = values.pop("model_type", "bert")
     if model_type not in arch_dict:
         raise ValueError(
             f"text model type {model_type!r} is not one that open_clip knows: "
             f"{', '.join(sorted(arch_dict))}"
         )
+    return AutoConfig.for_model(model_type, **values)
+
+
+def _encoder(hf_config: dict[str, Any], embed_dim: int, pooling: str) -> "HFTextEncoder":
+    from open_clip.hf_model import HFTextEncoder
+
+    config = _hf_config(hf_config)
     tower = HFTextEncoder(
         "",
         embed_dim,
-        config=AutoConfig.for_model(model_type, **values),
+        config=config,
         pooler_type=POOLERS[pooling],
         proj_type="linear",
     )
+    if config.model_type in ("roberta", "xlm-roberta"):
+        tower.context_length -= (
+            config.pad_token_id + 1
+        )  # their positions start behind the padding's
     if pooling != "pooler":
         # Without this BERT keeps a layer that never gets a gradient, which ZeRO and DDP dislike.
         tower.transformer.pooler = None

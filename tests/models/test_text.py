@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -222,6 +223,26 @@ def test_more_context_than_positions_is_refused(bert_directory):
 
     with pytest.raises(ValueError, match="context_length is 64, but this BERT has 32 positions"):
         build_text_tower(config, 8)
+
+
+def test_a_roberta_reads_as_many_tokens_as_it_has_positions_behind_the_padding():
+    roberta = {"model_type": "roberta", "vocab_size": 9, "pad_token_id": 1, "hidden_size": 16}
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 34}
+    config = TextConfig(name_or_path=None, context_length=32)
+
+    tower = build_text_tower(config, 8, hf_config=roberta | shape)
+
+    assert tower.context_length == 32
+    tower(torch.full((1, 32), 5))  # one more has no position
+
+
+def test_a_tokenizer_that_pads_otherwise_than_its_bert_is_refused(bert_directory, tmp_path):
+    shutil.copytree(bert_directory, tmp_path / "bert")
+    words = (bert_directory / "vocab.txt").read_text().split("\n")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join([words[1], words[0], *words[2:]]))
+
+    with pytest.raises(ValueError, match="pads with 1, the text tower of .* with 0"):
+        build_tokenizer(TextConfig(name_or_path=str(tmp_path / "bert"), context_length=32))
 
 
 def test_a_directory_without_a_bert_is_explained(tmp_path):
