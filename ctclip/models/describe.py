@@ -6,7 +6,7 @@ counter (a multiply-add counts two) and memory from the tensors that autograd wo
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctclip.config import ConfigError, from_dict
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
-from ctclip.models.text import set_trainable, small_bert
+from ctclip.models.text import read_hf_config, set_trainable, small_bert
 
 CXR_BERT_CONFIG: dict[str, Any] = {"model_type": "bert", "vocab_size": 30522}
 """BERT-base's shape, which CXR-BERT has; so that describing needs no download."""
+
+_OF_A_RUN = {"steps", "batch_size", "start_from", "optim", "loss", "engine"}
 
 ADAM_BYTES_PER_PARAMETER = 16
 """fp32 weight, gradient and Adam's two moments."""
@@ -54,6 +56,8 @@ class Description:
     grid: tuple[int, int, int]
     vision: TowerCost
     text_parameters: int
+    text_taken_for: str | None
+    """Name of the BERT, if it was counted as a BERT-base and not read."""
     total_parameters: int
     trainable_parameters: int
 
@@ -70,10 +74,10 @@ class Description:
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
-    """The model of a YAML file: a training config, of which only ``model`` counts, or that alone.
+    """The model of a YAML file: a training run's, with a channel for each window, or that alone.
 
     Raises:
-        ConfigError: If the file can't be read or a key isn't known.
+        ConfigError: If the file can't be read, a key isn't known, or it is a run without a model.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -82,7 +86,16 @@ def read_model_config(path: str | Path) -> ModelConfig:
     model = values.get("model", values) if isinstance(values, dict) else None
     if not isinstance(model, dict):
         raise ConfigError(f"{path}: expected the keys of a model, or a key 'model' that holds them")
-    return from_dict(ModelConfig, model, source=str(path))
+    if model is values and _OF_A_RUN & set(values):
+        raise ConfigError(
+            f"{path} is a run without a key 'model': its model is that of the checkpoint it starts "
+            "from, or the default one, which a line 'model: {}' describes"
+        )
+    config = from_dict(ModelConfig, model, source=str(path))
+    windows = values.get("windows_hu")
+    if model is not values and isinstance(windows, list) and config.ctvit is None:
+        config = replace(config, vision=replace(config.vision, channels=len(windows)))
+    return config
 
 
 def describe(
@@ -94,12 +107,31 @@ def describe(
     """Work out what a model costs on volumes of a size.
 
     Args:
-        config: The model. A BERT that goes by a name is taken for a BERT-base.
+        config: The model. A BERT that goes by a name is taken for a BERT-base; one in a local
+            directory is what its ``config.json`` says.
         image_size: Voxels (D, H, W).
         precision: Of the activations. Autocast lies between the two, nearer to bf16.
+
+    Raises:
+        ValueError: If the tower can't take volumes of that size.
     """
+    if min(image_size) < 1:
+        raise ValueError(f"a volume's size is voxels (D, H, W) of at least 1, got {image_size}")
+    if (ctvit := config.ctvit) is not None and (
+        image_size[0] % ctvit.patch[0] or image_size[1:] != tuple(ctvit.image_size)
+    ):
+        raise ValueError(
+            f"this CT-ViT is built for {ctvit.image_size[0]} x {ctvit.image_size[1]} voxels and a "
+            f"depth in steps of {ctvit.patch[0]}, not for {image_size}; for another size set "
+            "ctvit.image_size in the config, which changes its weights"
+        )
     text = config.text
-    hf_config = small_bert(text) if text.name_or_path is None else CXR_BERT_CONFIG
+    by_name = text.name_or_path is not None and not Path(text.name_or_path).is_dir()
+    hf_config = CXR_BERT_CONFIG
+    if text.name_or_path is None:
+        hf_config = small_bert(text)
+    elif not by_name:
+        hf_config = read_hf_config(text.name_or_path)
     with torch.device("meta"):
         model = build_model(config, hf_config=hf_config)
         set_trainable(model.text, text)
@@ -112,6 +144,7 @@ def describe(
         grid=grid,
         vision=_cost(model, config.channels, image_size, grid, precision),
         text_parameters=text_parameters,
+        text_taken_for=text.name_or_path if by_name else None,
         total_parameters=total,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
@@ -120,11 +153,12 @@ def describe(
 def table(description: Description, cards_gib: tuple[float, ...] = (24, 40, 80)) -> RenderableType:
     """A description for a terminal (the command ``ctclip-describe``)."""
     cost, d = description.vision, description
+    counted = f" ({d.text_taken_for}, counted as BERT-base)" if d.text_taken_for else ""
     rows = Table(show_header=False, title="x".join(map(str, d.image_size)))
     for name, value in (
         ("parameters", f"{d.total_parameters / 1e6:.1f} M"),
         ("  volume tower", f"{cost.parameters / 1e6:.1f} M"),
-        ("  text tower", f"{d.text_parameters / 1e6:.1f} M"),
+        ("  text tower", f"{d.text_parameters / 1e6:.1f} M{counted}"),
         ("tokens", f"{' x '.join(map(str, d.grid))} = {cost.tokens:,}"),
         ("FLOP forward", f"{cost.forward_tflop:.3f} T a volume"),
         ("FLOP training", f"{cost.training_tflop:.3f} T a volume"),

@@ -168,7 +168,7 @@ class Tokenizer:
         if (folder / "vocab.txt").is_file():
             model_type = "cxr-bert"
         else:
-            model_type = _hf_config_dict(name_or_path).get("model_type", "")
+            model_type = read_hf_config(name_or_path).get("model_type", "")
         # CXR-BERT names a tokenizer class of its own, remote code, for BERT's plain vocabulary.
         kind = BertTokenizerFast if model_type == "cxr-bert" else AutoTokenizer
         with _explained(name_or_path, "tokenizer"):
@@ -255,7 +255,7 @@ def build_tokenizer(config: TextConfig) -> Tokenizer:
     if name is None:
         return Tokenizer.builtin(config.context_length, config.truncation)
     tokenizer = Tokenizer.from_pretrained(name, config.context_length, config.truncation)
-    require_fit(tokenizer, _hf_config(_hf_config_dict(name)), name, f"the text tower of {name}")
+    require_fit(tokenizer, _hf_config(read_hf_config(name)), name, f"the text tower of {name}")
     return tokenizer
 
 
@@ -313,7 +313,7 @@ def build_text_tower(
     if config.name_or_path is None:
         tower = _encoder(small_bert(config), embed_dim, config.pooling)
     else:
-        tower = _encoder(_hf_config_dict(config.name_or_path), embed_dim, config.pooling)
+        tower = _encoder(read_hf_config(config.name_or_path), embed_dim, config.pooling)
         if pretrained:
             with _explained(config.name_or_path, "weights"):
                 weights = type(tower.transformer).from_pretrained(
@@ -396,7 +396,12 @@ def small_bert(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def _hf_config_dict(name_or_path: str) -> dict[str, Any]:
+def read_hf_config(name_or_path: str) -> dict[str, Any]:
+    """The values of a Hugging Face model's ``config.json``.
+
+    Raises:
+        FileNotFoundError: If it is neither a local directory nor reachable on the Hub.
+    """
     from transformers import PretrainedConfig
 
     with _explained(name_or_path, "config.json"):

@@ -1,3 +1,7 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
@@ -7,7 +11,7 @@ from ctclip.config import ConfigError
 from ctclip.models.ctclip import ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.describe import describe, read_model_config, table
-from ctclip.models.text import TextConfig
+from ctclip.models.text import TextConfig, build_text_tower
 from ctclip.models.vit3d import VisionConfig
 
 TEXT = TextConfig(name_or_path=None, width=32, layers=1, heads=2, context_length=64)
@@ -94,6 +98,48 @@ def test_a_training_config_or_a_models_own_is_read(tmp_path, wrapped):
     config = read_model_config(tmp_path / "config.yaml")
 
     assert (config.embed_dim, config.vision.size) == (24, "tiny")
+
+
+def test_a_runs_windows_are_its_models_channels(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("windows_hu: [[-1000, 1000], [-150, 250]]\nmodel: {vision: {size: tiny}}\n")
+
+    assert read_model_config(path).channels == 2
+
+
+def test_a_run_from_a_checkpoint_is_not_mistaken_for_a_model():
+    with pytest.raises(ConfigError, match="a run without a key 'model': its model is that of the"):
+        read_model_config(Path(__file__).parents[2] / "configs/pretrain/vocabfine.yaml")
+
+
+def test_a_bert_on_disk_is_counted_as_it_is_and_a_named_one_says_as_what(tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values = {"model_type": "bert", "vocab_size": 50, "intermediate_size": 32} | shape
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    text = TextConfig(name_or_path=str(tmp_path))
+
+    local = describe(replace(CONFIG, text=text), SIZE)
+    named = describe(replace(CONFIG, text=TextConfig(name_or_path="some/bert")), SIZE)
+
+    tower = build_text_tower(text, CONFIG.embed_dim, pretrained=False)
+    assert local.text_parameters == sum(p.numel() for p in tower.parameters())
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table(local), table(named))
+    assert capture.get().count("(some/bert, counted as BERT-base)") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "words"),
+    [
+        (CONFIG, (0, 32, 32), "at least 1, got"),
+        (CONFIG, (-5, 32, 32), "at least 1, got"),
+        (ModelConfig(ctvit=CTViTConfig(), text=TEXT), (240, 320, 320), r"set ctvit\.image_size"),
+    ],
+)
+def test_a_size_that_no_volume_or_tower_has_is_refused(config, size, words):
+    with pytest.raises(ValueError, match=words):
+        describe(config, size)
 
 
 def test_a_config_that_is_none_is_refused(tmp_path):
