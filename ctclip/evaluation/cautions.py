@@ -62,7 +62,8 @@ def of(
             f"{unscored} of {labelled} labels have no score beside them and are left out; cases "
             "that a model could not read are seldom the easy ones."
         )
-    if (test.patient_id == test.volume_id).all() and len(test) > 1:
+    is_pooled = header.get("unit") == "patient"
+    if not is_pooled and (test.patient_id == test.volume_id).all() and len(test) > 1:
         found.append(
             "every case is its own patient; if patients have several, the intervals are too narrow."
         )

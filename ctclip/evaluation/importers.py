@@ -5,9 +5,9 @@
 * wide CSVs: one row per volume, one column per finding, labels in a second file of that shape.
 """
 
-import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +15,15 @@ import numpy as np
 import pandas as pd
 
 from ctclip.evaluation.protocols import Protocol, any_positive
-from ctclip.evaluation.scores import COLUMNS, SAY_WHOSE, ScoreTable, ScoreTableError
+from ctclip.evaluation.scores import (
+    COLUMNS,
+    KEY_COLUMNS,
+    SAY_WHOSE,
+    ScoreTable,
+    ScoreTableError,
+    read_csv,
+)
 from ctclip.findings import FINDINGS
-
-logger = logging.getLogger(__name__)
 
 CT_RATE_NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_\d+)_(?P<scan>[a-z]+)_\d+")
 """split_patient_scan_reconstruction, for example ``valid_53_a_1``."""
@@ -44,12 +49,13 @@ def load(
     if path.is_dir() or path.suffix == ".npz":
         return ct_clip(path if path.is_dir() else path.parent)
     if path.suffix == ".csv" and path.is_file():
-        head = pd.read_csv(path, nrows=0, comment="#", encoding="utf-8-sig").columns
-        if not set(COLUMNS) <= set(head):
+        head = read_csv(path, nrows=0, comment="#").columns
+        if not {"finding", "label", "score"} & set(head):
             if labels is None:
                 raise ScoreTableError(
-                    f"{path} is no long score table ({', '.join(COLUMNS)}); for a wide one "
-                    "(a column per finding) give its labels too: --labels labels.csv"
+                    f"{path} is no long score table ({', '.join(COLUMNS)}), its columns are "
+                    f"{', '.join(map(str, head[:4]))} ...; for a wide one (a column per finding) "
+                    "give its labels too: --labels labels.csv"
                 )
             return wide(path, labels, protocol)
     return ScoreTable.load(path)
@@ -79,15 +85,17 @@ def ct_clip(folder: str | Path) -> ScoreTable:
             f"{folder}: scores are {scores.shape}, labels {labels.shape}; "
             f"expected (N, {len(FINDINGS)}) for both"
         )
+    notes: list[str] = []
     listing = folder / "accessions.txt"
     if listing.is_file():
         names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
         if len(names) != len(scores):
             raise ScoreTableError(f"{listing} has {len(names)} names for {len(scores)} rows")
     else:
-        logger.warning("%s: no accessions.txt, every row counts as its own patient", folder)
+        notes.append(f"{folder} has no accessions.txt: every row counts as a patient of its own.")
         names = [f"row-{row:05d}" for row in range(len(scores))]
-    return _table(names, FINDINGS, labels, scores, {"model": folder.name, "source": "CT-CLIP"})
+    header = {"model": folder.name, "source": "CT-CLIP"}
+    return _table(names, FINDINGS, labels, scores, header).noting(*notes)
 
 
 def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = None) -> ScoreTable:
@@ -113,9 +121,18 @@ def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = Non
             f"{scores} and {labels} have no volume in common; they start with "
             f"{score_frame.index[0]!r} and {label_frame.index[0]!r}"
         )
-    if len(common) < len(score_frame):
-        logger.warning("%d of %d volumes have no labels", len(score_frame) - len(common),
-                       len(score_frame))  # fmt: skip
+    notes = []
+    known = {*FINDINGS, *ID_COLUMNS, *KEY_COLUMNS}
+    strangers = [name for name in score_frame.columns if name not in known]
+    if strangers:
+        notes.append(f"{scores}: {_listed(strangers, FINDINGS)} name no finding and are left out.")
+    for kept, dropped, path in (("scores", "labels", labels), ("labels", "scores", scores)):
+        frame = score_frame if kept == "scores" else label_frame
+        if len(common) < len(frame):
+            notes.append(
+                f"{len(frame) - len(common)} of {len(frame)} volumes with {kept} have no {dropped} "
+                f"in {path} and are left out."
+            )
     sources: dict[str, tuple[str, ...]] = {finding: (finding,) for finding in FINDINGS}
     if protocol is not None:
         for entry in protocol.findings:
@@ -126,7 +143,8 @@ def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = Non
         columns = [column for column in sources[finding] if column in label_frame.columns]
         if len(columns) < len(sources[finding]):
             missing = sorted(set(sources[finding]) - set(columns))
-            logger.warning("%s: no label column %s, %s stays unknown", labels, missing[0], finding)
+            named = _listed(missing, label_frame.columns)
+            notes.append(f"{labels}: no label column {named}; {finding} stays unknown.")
             matrix.append(np.full(len(common), np.nan))
             continue
         values = _numbers(label_frame.loc[common, columns], labels, "label")
@@ -136,7 +154,7 @@ def wide(scores: str | Path, labels: str | Path, protocol: Protocol | None = Non
     return _table(
         common, findings, np.stack(matrix, axis=1), numbers, header,
         label_frame.loc[common],
-    )  # fmt: skip
+    ).noting(*notes)  # fmt: skip
 
 
 def ct_rate_ids(volume_id: str) -> tuple[str, str, str]:
@@ -150,17 +168,33 @@ def ct_rate_ids(volume_id: str) -> tuple[str, str, str]:
 def _wide_frame(path: str | Path) -> pd.DataFrame:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
-    frame = pd.read_csv(path, encoding="utf-8-sig")
+    frame = read_csv(path, dtype=dict.fromkeys((*ID_COLUMNS, *KEY_COLUMNS), str))
     names = [name for name in ID_COLUMNS if name in frame.columns]
     if not names:
         raise ScoreTableError(
             f"{path}: no column names the volume; expected one of {', '.join(ID_COLUMNS)}"
         )
-    ids = frame[names[0]].astype(str).str.replace(r"\.nii(\.gz)?$", "", regex=True)
+    if frame[names[0]].isna().any():
+        row = int(np.flatnonzero(frame[names[0]].isna())[0]) + 1
+        raise ScoreTableError(f"{path} row {row}: {names[0]} is empty; name each volume")
+    ids = frame[names[0]].str.replace(r"\.nii(\.gz)?$", "", regex=True)
     again = ids[ids.duplicated()]
     if len(again):
         raise ScoreTableError(f"{path}: volume {again.iloc[0]!r} comes more than once")
     return frame.set_index(ids)
+
+
+def _listed(names: Sequence[str], known: Iterable[str]) -> str:
+    """Column names in quotes, each with the known one that may be meant."""
+    lower = {str(name).lower(): str(name) for name in known}
+    words = []
+    for name in names:
+        key = str(name).lower()
+        near = [
+            lower[k] for k in (*get_close_matches(key, lower, 1), *lower) if key in k or k in key
+        ]
+        words.append(f"{str(name)!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return ", ".join(words)
 
 
 def _numbers(frame: pd.DataFrame, path: str | Path, kind: Literal["label", "score"]) -> np.ndarray:

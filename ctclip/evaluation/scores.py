@@ -73,13 +73,18 @@ class ScoreTable:
             raise ScoreTableError(f"a finding comes twice in {list(self.findings)}")
         unique, counts = np.unique(self.volume_id, return_counts=True)
         if len(unique) != shape[0]:
-            raise ScoreTableError(f"volume {unique[counts > 1][0]!r} comes more than once")
-        known = self.labels[~np.isnan(self.labels)]
-        if not np.isin(known, (0.0, 1.0)).all():
-            wrong = known[~np.isin(known, (0.0, 1.0))][0]
-            raise ScoreTableError(f"a label is {wrong}; expected 1, 0 or empty (unknown)")
-        if np.isinf(self.scores).any():
-            raise ScoreTableError("a score is infinite; expected a finite number or empty")
+            raise ScoreTableError(f"volume {str(unique[counts > 1][0])!r} comes more than once")
+        wrong_label = ~np.isnan(self.labels) & ~np.isin(self.labels, (0.0, 1.0))
+        for name, wrong, expected in (
+            ("label", wrong_label, "1, 0 or empty (unknown)"),
+            ("score", np.isinf(self.scores), "a finite number or empty"),
+        ):
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0]
+                raise ScoreTableError(
+                    f"volume {str(self.volume_id[row])!r}, {self.findings[column]}: {name} is "
+                    f"{getattr(self, name + 's')[row, column]:g}, expected {expected}"
+                )
 
     def __len__(self) -> int:
         return len(self.volume_id)
@@ -203,20 +208,19 @@ class ScoreTable:
             except (pa.ArrowInvalid, OSError) as error:
                 raise ScoreTableError(f"{path} is not readable Parquet: {error}") from None
             if table.schema.metadata and HEADER_KEY in table.schema.metadata:
-                header = json.loads(table.schema.metadata[HEADER_KEY])
+                header = _header(table.schema.metadata[HEADER_KEY].decode(), path)
             frame = table.replace_schema_metadata(None).to_pandas()
         elif path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig") as file:
+            with path.open(encoding="utf-8-sig", errors="replace") as file:
                 first = file.readline()
             if first.startswith(CSV_MARK):
-                header = json.loads(first.removeprefix(CSV_MARK))
-            frame = pd.read_csv(
+                header = _header(first.removeprefix(CSV_MARK), path)
+            frame = read_csv(
                 path,
                 skiprows=1 if header else 0,
                 dtype=dict.fromkeys((*KEY_COLUMNS, "finding"), str),
                 keep_default_na=False,
                 na_values={"label": [""], "score": [""]},
-                encoding="utf-8-sig",
             )
         else:
             raise ScoreTableError(f"{path}: a score table ends in .parquet or .csv")
@@ -240,7 +244,8 @@ def from_long(frame: pd.DataFrame, header: Mapping[str, Any], source: str = "tab
     missing = [name for name in COLUMNS if name not in frame.columns]
     if missing:
         raise ScoreTableError(
-            f"{source}: column {missing[0]!r} is missing; a score table has {', '.join(COLUMNS)}"
+            f"{source}: column {', '.join(map(repr, missing))} is missing; a score table has "
+            f"{', '.join(COLUMNS)}"
         )
     if frame.empty:
         raise ScoreTableError(f"{source}: the table has no rows")
@@ -281,16 +286,48 @@ def from_long(frame: pd.DataFrame, header: Mapping[str, Any], source: str = "tab
         if changed.any():
             raise ScoreTableError(
                 f"{source}: volume {volumes[row[changed][0]]!r} has two values of {name}: "
-                f"{keys[name][row[changed][0]]!r} and {text[changed][0]!r}"
+                f"{str(keys[name][row[changed][0]])!r} and {str(text[changed][0])!r}"
             )
-    return ScoreTable(
-        volume_id=np.asarray(volumes, dtype=str),
-        study_id=keys["study_id"],
-        patient_id=keys["patient_id"],
-        split=keys["split"],
-        findings=tuple(str(finding) for finding in findings),
-        labels=values["label"],
-        scores=values["score"],
-        header=dict(header),
-        meta={str(name).removeprefix(META_PREFIX): keys[name] for name in meta_columns},
-    )
+    try:
+        return ScoreTable(
+            volume_id=np.asarray(volumes, dtype=str),
+            study_id=keys["study_id"],
+            patient_id=keys["patient_id"],
+            split=keys["split"],
+            findings=tuple(str(finding) for finding in findings),
+            labels=values["label"],
+            scores=values["score"],
+            header=dict(header),
+            meta={str(name).removeprefix(META_PREFIX): keys[name] for name in meta_columns},
+        )
+    except ScoreTableError as error:
+        raise ScoreTableError(f"{source}: {error}") from None
+
+
+def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
+    """:func:`pandas.read_csv`, whose complaints name the file.
+
+    Raises:
+        ScoreTableError: If the file is empty, not UTF-8 or no table.
+    """
+    try:
+        return pd.read_csv(path, encoding="utf-8-sig", **options)
+    except pd.errors.EmptyDataError:
+        raise ScoreTableError(f"{path} is empty; expected a line of column names") from None
+    except UnicodeError:
+        raise ScoreTableError(f"{path} is not text in UTF-8; save it as CSV UTF-8") from None
+    except pd.errors.ParserError as error:
+        raise ScoreTableError(f"{path} is no readable CSV: {str(error).strip()}") from None
+
+
+def _header(text: str, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        header = error
+    if not isinstance(header, dict):
+        raise ScoreTableError(
+            f"{path}: the header is no JSON object ({header}); write the table again, or delete "
+            f"the line that starts with {CSV_MARK.strip()!r}"
+        )
+    return header

@@ -163,3 +163,18 @@ def test_a_protocol_of_fixed_prompts_refuses_scores_of_others():
     with pytest.raises(protocols.ProtocolError, match=r"with prompts default@.* is for ct-clip@"):
         ct_clip.apply(other)
     assert protocols.load("ct-rate-18").apply(other).header["prompts"].startswith("default@")
+
+
+def test_what_a_wide_table_loses_on_the_way_is_said(tmp_path):
+    (tmp_path / "scores.csv").write_text(
+        "VolumeName,Emphysema,nodule,Pleural Effusion\na,0.9,1,1\nb,0.2,1,1\nc,0.5,1,1\n"
+    )
+    (tmp_path / "labels.csv").write_text("VolumeName,emphysema\nb,1\nc,0\nd,0\ne,0\n")
+    found = importers.load(tmp_path / "scores.csv", tmp_path / "labels.csv")
+    assert found.volume_id.tolist() == ["b", "c"]
+    strangers, unlabelled, unscored, unknown = found.header["notes"]
+    assert "'nodule' (did you mean 'Lung nodule'?)" in strangers
+    assert "'Pleural Effusion' (did you mean 'Pleural effusion'?)" in strangers
+    assert "1 of 3 volumes with scores have no labels" in unlabelled
+    assert "2 of 4 volumes with labels have no scores" in unscored
+    assert "no label column 'Emphysema' (did you mean 'emphysema'?)" in unknown

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ctclip.evaluation import importers
 from ctclip.evaluation.scores import COLUMNS, ScoreTable, ScoreTableError, from_long
 
 
@@ -58,13 +59,17 @@ def test_wrong_tables_are_refused_with_the_reason():
         from_long(frame.drop(columns="score"), {})
     with pytest.raises(ScoreTableError, match="two rows for 'Emphysema'"):
         from_long(pd.concat([frame, frame.head(1)]), {})
-    with pytest.raises(ScoreTableError, match=r"label is 2\.0; expected 1, 0 or empty"):
+    with pytest.raises(
+        ScoreTableError, match="'v1', Emphysema: label is 2, expected 1, 0 or empty"
+    ):
         from_long(frame.assign(label=2.0), {})
     with pytest.raises(ScoreTableError, match="expected a number or empty"):
         from_long(frame.assign(score="high"), {})
     torn = frame.copy()
     torn.loc[0, "patient_id"] = "someone else"
-    with pytest.raises(ScoreTableError, match="'v1' has two values of patient_id"):
+    with pytest.raises(
+        ScoreTableError, match="'v1' has two values of patient_id: 'someone else' and '001'"
+    ):
         from_long(torn, {})
     with pytest.raises(ScoreTableError, match="more than once"):
         replace(table(), volume_id=np.array(["v1", "v1", "v2"]))
@@ -83,6 +88,38 @@ def test_volumes_of_nobody_are_not_taken_for_one_patient(tmp_path, suffix, nothi
         from_long(frame.assign(patient_id=None), {})
     with pytest.raises(ScoreTableError, match="volume_id is empty in 6 of 6"):
         from_long(frame.assign(volume_id=np.nan), {})
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is empty; expected a line of column names"),
+        (b"# ctclip-scores {not json\nvolume_id,label\n", "the header is no JSON object"),
+        (b"# ctclip-scores [1]\nvolume_id,label\n", "the header is no JSON object"),
+        ("volume_id,score\n".encode("utf-16"), "is not text in UTF-8"),
+        (b'volume_id,score\n"a,1\n', "is no readable CSV"),
+        (
+            b"volume_id,finding,label\n",
+            "column 'study_id', 'patient_id', 'split', 'score' is missing",
+        ),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_by_its_name(tmp_path, content, complaint):
+    path = tmp_path / "scores.csv"
+    path.write_bytes(content)
+    for load in (ScoreTable.load, importers.load):
+        with pytest.raises(ScoreTableError, match=rf"scores\.csv.*{complaint}"):
+            load(path)
+
+
+def test_a_wrong_cell_is_named_with_its_file(tmp_path):
+    frame = table().to_long()
+    frame.loc[3, "score"] = np.inf
+    frame.to_csv(tmp_path / "scores.csv", index=False)
+    with pytest.raises(
+        ScoreTableError, match=r"scores\.csv: volume 'v2', Lung nodule: score is inf"
+    ):
+        ScoreTable.load(tmp_path / "scores.csv")
 
 
 def test_rows_and_findings_can_be_chosen():
