@@ -177,7 +177,7 @@ def _build(data: Any, source: str) -> Protocol:
     if not isinstance(data, dict) or set(data) - known or not {"name", "findings"} <= set(data):
         raise ProtocolError(
             f"{source}: a protocol has name, findings and optionally "
-            f"{', '.join(sorted(known - {'name', 'findings'}))}; got {list(data or [])}"
+            f"{', '.join(sorted(known - {'name', 'findings'}))}; got {list(data) if isinstance(data, dict) else data!r}"
         )
     for key, options in (("unit", Unit), ("pool", Pool), ("thresholds", Thresholds)):
         if data.get(key, get_args(options)[0]) not in get_args(options):
@@ -185,18 +185,35 @@ def _build(data: Any, source: str) -> Protocol:
                 f"{source}: {key} is {data[key]!r}, expected one of {', '.join(get_args(options))}"
             )
     entries = FINDINGS if data["findings"] == "all" else data["findings"]
-    findings = []
-    for entry in entries:
-        item = {"name": entry} if isinstance(entry, str) else dict(entry)
-        name = str(item["name"])
-        findings.append(
-            ProtocolFinding(
-                name=name,
-                scores=tuple(item.get("scores", (name,))),
-                labels=tuple(item.get("labels", (name,))),
-            )
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise ProtocolError(
+            f"{source}: findings is {entries!r}, expected 'all' or a list of findings"
         )
+    if data.get("prompts") is not None:
+        prompts.load(str(data["prompts"]))  # says which there are
+    findings = [_finding(entry, source) for entry in entries]
+    names = [finding.name for finding in findings]
+    again = [name for name in names if names.count(name) > 1]
+    if again:
+        raise ProtocolError(f"{source}: the finding {again[0]!r} comes twice")
     return Protocol(**{**data, "findings": tuple(findings)})
+
+
+def _finding(entry: Any, source: str) -> ProtocolFinding:
+    item = {"name": entry} if isinstance(entry, str) else entry
+    if isinstance(item, dict) and {"name"} <= set(item) <= {"name", "scores", "labels"}:
+        name = item["name"]
+        scores, labels = (item.get(key, [name]) for key in ("scores", "labels"))
+        if _are_names([name]) and _are_names(scores) and _are_names(labels):
+            return ProtocolFinding(name=name, scores=tuple(scores), labels=tuple(labels))
+    raise ProtocolError(
+        f"{source}: a finding is a name, or has name and optionally scores and labels, both lists "
+        f"of names; got {entry!r}"
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def _pooled(table: ScoreTable, unit: Unit, pool: Pool) -> ScoreTable:

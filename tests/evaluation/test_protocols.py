@@ -96,6 +96,27 @@ def test_mistakes_in_a_protocol_file_are_named(tmp_path):
         protocols.load(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("5", "has name, findings .* got 5"),
+        ("name: x\nfindings: 5", "findings is 5, expected 'all' or a list"),
+        ("name: x\nfindings: []", "expected 'all' or a list"),
+        ("name: x\nfindings: [5]", "a finding is a name, .* got 5"),
+        ("name: x\nfindings: [{scores: [Emphysema]}]", "a finding is a name, or has name"),
+        ("name: x\nfindings: [{name: A, scores: Emphysema}]", "both lists of names"),
+        ("name: x\nfindings: [{name: A, score: [Emphysema]}]", "a finding is a name, or has name"),
+        ("name: x\nfindings: [Emphysema, Emphysema]", "'Emphysema' comes twice"),
+        ("name: x\nfindings: all\nthresholds: wrong", "expected one of development, optimistic"),
+    ],
+)
+def test_a_malformed_protocol_is_refused_by_file_and_place(tmp_path, content, complaint):
+    path = tmp_path / "p.yaml"
+    path.write_text(content)
+    with pytest.raises(protocols.ProtocolError, match=rf"p\.yaml: .*{complaint}"):
+        protocols.load(path)
+
+
 def test_ct_clip_files_are_imported_with_their_patients(tmp_path):
     raw = table()
     np.savez(tmp_path / "predicted_weights.npz", data=raw.scores.astype(np.float32))
