@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,11 @@ FORMAT = 1
 
 HEAD = "head."
 """Prefix of a classifier's weights."""
+
+FOLDER_CONFIG = "open_clip_config.json"
+FOLDER_WEIGHTS = "open_clip_model.safetensors"
+FOLDER_HEAD = "head.safetensors"
+"""The parts of a model that :mod:`ctclip.hub` saved as a folder; its tokenizer lies beside them."""
 
 CT_CLIP_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """Kinds of file that CT-CLIP's weights come in; ours is none of them."""
@@ -136,7 +142,8 @@ def load(
     """Read a checkpoint and rebuild its model.
 
     Args:
-        path: A file that :func:`save` wrote, or one of CT-CLIP's (``CT-CLIP_v2.pt`` and so on).
+        path: A file that :func:`save` wrote, a folder of :func:`ctclip.hub.save_pretrained`, or one
+            of CT-CLIP's files (``CT-CLIP_v2.pt`` and so on).
         device: Where the model goes.
         tokenizer: Hugging Face name or directory of the tokenizer that belongs to a CT-CLIP file,
             which doesn't hold it. By default a ``tokenizer.json`` or ``vocab.txt`` beside the
@@ -150,6 +157,8 @@ def load(
         CheckpointError: If it is damaged, isn't ctclip's, or doesn't fit its own config.
     """
     path = Path(path)
+    if path.is_dir():
+        return _load_folder(path, device)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train one with ctclip-pretrain")
     if path.suffix in CT_CLIP_SUFFIXES:
@@ -272,6 +281,42 @@ def _checkpoint_name(path: str | Path) -> Path:
 def _tokenizer_beside(path: Path) -> str:
     here = any((path.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
     return str(path.parent) if here else CXR_BERT
+
+
+def _load_folder(folder: Path, device: str | torch.device) -> Checkpoint:
+    for name in (FOLDER_CONFIG, FOLDER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} is no saved model: it holds no {name}; name a model.safetensors or a "
+                "folder of ctclip.hub.save_pretrained"
+            )
+    content = _part_of_folder(folder / FOLDER_CONFIG, lambda path: json.loads(path.read_bytes()))
+    if "ctclip" not in content:
+        raise CheckpointError(
+            f"{folder / FOLDER_CONFIG} describes an open_clip model, but not ctclip's"
+        )
+    header = content["ctclip"]
+    require_readable(header, str(folder))
+    header["tokenizer"] = _part_of_folder(
+        folder / "tokenizer.json", lambda path: path.read_text(encoding="utf-8")
+    )
+    tensors = {
+        name.replace("visual.trunk.", "visual.", 1): value
+        for name, value in _part_of_folder(folder / FOLDER_WEIGHTS, load_file).items()
+    }
+    if "head" in header:
+        head = _part_of_folder(folder / FOLDER_HEAD, load_file)
+        tensors |= {f"{HEAD}{name}": value for name, value in head.items()}
+    return rebuild(header, tensors, sha256_of(folder / FOLDER_WEIGHTS), str(folder), device)
+
+
+def _part_of_folder(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} can't be read ({error}); copy or download its folder again"
+        ) from None
 
 
 def _load_ct_clip(path: Path, device: str | torch.device, tokenizer: str) -> Checkpoint:

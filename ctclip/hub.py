@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ctclip import checkpoint
-from ctclip.checkpoint import HEAD, Checkpoint, CheckpointError
+from ctclip.checkpoint import FOLDER_CONFIG, FOLDER_HEAD, FOLDER_WEIGHTS, Checkpoint
 from ctclip.models.text import merged_state_dict
 
-CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
-HEAD_WEIGHTS = "head.safetensors"
+CT_CLIP_LICENCE = "cc-by-nc-sa-4.0"
+"""Of CT-CLIP's released weights, and so of what is made from them."""
 
 
 def save_pretrained(
-    loaded: Checkpoint, folder: str | Path, *, repo_id: str | None = None, licence: str = "unknown"
+    loaded: Checkpoint,
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    licence: str | None = None,
 ) -> Path:
     """Write a model as a folder that can be uploaded as it is.
 
@@ -32,8 +35,10 @@ def save_pretrained(
         loaded: From :func:`ctclip.checkpoint.load`.
         folder: Made if need be; files of the same names are replaced.
         repo_id: Name on the Hub, for open_clip to find BERT's config there. Without it open_clip
-            reads the folder where it lies now; ctclip itself reads it anywhere.
-        licence: For the card: a Hub identifier such as ``apache-2.0``.
+            reads the folder where it lies now, since it can't look for BERT beside its own file;
+            saved again, a moved folder opens there. ctclip itself reads it anywhere.
+        licence: For the card: a Hub identifier such as ``apache-2.0``. By default CT-CLIP's for its
+            weights and for what was trained from them, otherwise ``unknown``.
 
     Returns:
         The folder.
@@ -53,12 +58,12 @@ def save_pretrained(
     content: dict[str, Any] = {"ctclip": header}
     if loaded.head is not None:
         header["head"] = {"findings": list(loaded.head.findings), "relu": loaded.head.relu}
-        _write_weights(folder / HEAD_WEIGHTS, loaded.head.state_dict())
+        _write_weights(folder / FOLDER_HEAD, loaded.head.state_dict())
     if loaded.model_config.vision.readouts == 1:
         source = repo_id or str(folder.resolve())
         content["model_cfg"] = adapter.to_open_clip(loaded.model_config, source)
         content["preprocess_cfg"] = {}
-    _write_weights(folder / WEIGHTS, adapter.from_ctclip(merged_state_dict(loaded.model)))
+    _write_weights(folder / FOLDER_WEIGHTS, adapter.from_ctclip(merged_state_dict(loaded.model)))
     _write(folder / "config.json", json.dumps(header["text_hf_config"], indent=2))
     _write(folder / "tokenizer.json", tokenizer)
     _write(
@@ -72,7 +77,7 @@ def save_pretrained(
         ),
     )
     _write(folder / "README.md", model_card(loaded, repo_id or "path/to/this/folder", licence))
-    _write(folder / CONFIG, json.dumps(content, indent=2))
+    _write(folder / FOLDER_CONFIG, json.dumps(content, indent=2))
     return folder
 
 
@@ -90,26 +95,17 @@ def from_pretrained(name_or_path: str | Path, device: str | torch.device = "cpu"
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = _download(str(name_or_path))
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG} and {WEIGHTS}; it is no saved model")
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if "ctclip" not in content:
-        raise CheckpointError(f"{folder / CONFIG} describes an open_clip model, but not ctclip's")
-    header = content["ctclip"]
-    checkpoint.require_readable(header, str(folder))
-    header["tokenizer"] = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    tensors = {
-        name.replace("visual.trunk.", "visual.", 1): value
-        for name, value in load_file(folder / WEIGHTS).items()
-    }
-    if "head" in header:
-        head = load_file(folder / HEAD_WEIGHTS)
-        tensors |= {f"{HEAD}{name}": value for name, value in head.items()}
-    sha256 = checkpoint.sha256_of(folder / WEIGHTS)
-    return checkpoint.rebuild(header, tensors, sha256, str(folder), device)
+    return checkpoint.load(folder, device)
 
 
-def model_card(loaded: Checkpoint, name: str, licence: str) -> str:
+def _licence(provenance: dict[str, Any]) -> str:
+    if provenance.get("kind") == "ct-clip":
+        return CT_CLIP_LICENCE
+    earlier = provenance.get("started_from")
+    return _licence(earlier) if isinstance(earlier, dict) else "unknown"
+
+
+def model_card(loaded: Checkpoint, name: str, licence: str | None = None) -> str:
     """The README of a saved model: what it is, how it was made, what it is not for."""
     config, volumes, known = loaded.model_config, loaded.volume_config, loaded.provenance
     tower = "CT-ViT" if config.ctvit is not None else f"ViT3D, {config.vision.size}"
@@ -123,9 +119,16 @@ def model_card(loaded: Checkpoint, name: str, licence: str) -> str:
         for key, value in sorted(known.items())
         if isinstance(value, str | int | float | bool) and key != "label_informed"
     )
+    opens_in_open_clip = config.vision.readouts == 1
+    open_clip_use = "\nopen_clip can't build it: the tower has two read-outs.\n"
+    if opens_in_open_clip:
+        open_clip_use = f"""
+In open_clip, after `import ctclip.models.open_clip`: `create_model("hf-hub:{name}")`, or
+`create_model("local-dir:...")` for a folder that still lies where it was saved.
+"""
     return f"""---
-license: {licence}
-library_name: open_clip
+license: {licence or _licence(known)}
+library_name: {"open_clip" if opens_in_open_clip else "ctclip"}
 pipeline_tag: zero-shot-image-classification
 tags: [ctclip, chest-ct, contrastive, 3d]
 ---
@@ -140,7 +143,7 @@ from ctclip import hub
 
 model = hub.from_pretrained("{name}")
 ```
-
+{open_clip_use}
 ## Model
 | | |
 |---|---|

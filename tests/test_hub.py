@@ -3,6 +3,7 @@ import shutil
 import pytest
 import torch
 
+import ctclip
 from ctclip import checkpoint, hub
 from ctclip.checkpoint import CheckpointError
 from ctclip.data.volume import VolumeConfig
@@ -126,6 +127,56 @@ def test_the_card_says_how_the_model_was_made(tmp_path):
         assert words in card
 
 
+def test_the_card_names_the_library_that_opens_the_folder(tmp_path):
+    one = hub.model_card(made(tmp_path), "someone/model")
+    two = hub.model_card(made(tmp_path, readouts=2), "someone/model")
+
+    assert "library_name: open_clip" in one
+    assert 'create_model("hf-hub:someone/model")' in one
+    assert "library_name: ctclip" in two
+    assert "open_clip can't build it" in two
+
+
+@pytest.mark.parametrize(
+    "known", [{"kind": "ct-clip"}, {"step": 3, "started_from": {"kind": "ct-clip"}}]
+)
+def test_the_card_of_ct_clips_weights_and_what_grew_from_them_has_their_licence(tmp_path, known):
+    loaded = made(tmp_path)
+    assert "license: unknown" in hub.model_card(loaded, "a/b")
+    loaded.provenance = known
+
+    assert "license: cc-by-nc-sa-4.0" in hub.model_card(loaded, "a/b")
+    assert "license: mit" in hub.model_card(loaded, "a/b", "mit")
+
+
+def test_a_folder_is_a_checkpoint_to_every_command(tmp_path):
+    before = made(tmp_path)
+    folder = hub.save_pretrained(before, tmp_path / "hub")
+
+    loaded, scanner = checkpoint.load(folder), ctclip.load(folder)
+
+    assert torch.equal(loaded.model.encode_image(IMAGE), before.model.encode_image(IMAGE))
+    assert scanner.checkpoint.sha256 == loaded.sha256
+
+
+@pytest.mark.parametrize("part", ["open_clip_model.safetensors", "open_clip_config.json"])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_damaged_folder_is_refused_by_the_part_that_is(tmp_path, part, kept):
+    folder = hub.save_pretrained(made(tmp_path), tmp_path / "hub")
+    (folder / part).write_bytes((folder / part).read_bytes()[:kept])
+
+    with pytest.raises(CheckpointError, match=rf"{part} can't be read .* copy or download"):
+        hub.from_pretrained(folder)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
+    folder = hub.save_pretrained(made(tmp_path), tmp_path / "hub")
+    (folder / "tokenizer.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be read"):
+        hub.from_pretrained(folder)
+
+
 def test_another_folder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="it is no saved model"):
+    with pytest.raises(CheckpointError, match="is no saved model: it holds no open_clip_config"):
         hub.from_pretrained(tmp_path)

@@ -112,7 +112,7 @@ def _require_files(args: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"config file {given['config']} does not exist; see the folder configs/"
         )
-    if "ckpt" in given and not Path(given["ckpt"]).is_file():
+    if "ckpt" in given and not Path(given["ckpt"]).exists():
         raise FileNotFoundError(f"no checkpoint {given['ckpt']}; train one with ctclip-pretrain")
     if "cohort" in given:
         require_cohort(given["cohort"])
