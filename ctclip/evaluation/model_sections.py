@@ -1,5 +1,6 @@
 """The sections of a comparison: summary, ROC, pairs, calibration, thresholds, subgroups."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,15 +48,12 @@ def build(
     evaluations = [model.evaluation for model in models]
     scores = [model.test for model in models]
     protocol = models[0].protocol
-    stem = protocol.split("@")[0]
+    stem = _file_name(protocol)  # with the hash: two protocols may share a name
     bars, grid = plots.auc_bars(evaluations), plots.roc_grid(scores, evaluations)
     plots.save(bars, folder / f"auc-{stem}")
     plots.save(grid, folder / f"roc-{stem}")
-    for evaluation in evaluations:
-        frame = evaluation.frame()
-        frame.insert(0, "protocol", protocol)
-        frame.insert(0, "model", evaluation.model)
-        tables.setdefault("auc", []).append(frame)
+    for model in models:
+        _keep(tables, "auc", model.evaluation.frame(), model)
     sections = [
         Section(
             title="Summary",
@@ -117,6 +115,7 @@ def _comparison(
     for other in models[1:]:
         found = compare.compare(models[0].test, other.test, config.replicates, config.seed)
         frame = found.frame()
+        frame.insert(0, "protocol", other.protocol)
         frame.insert(0, "b", found.b)
         frame.insert(0, "a", found.a)
         tables.setdefault("comparisons", []).append(frame)
@@ -187,7 +186,7 @@ def _calibration(
             rows.append(row)
         frame = pd.DataFrame(rows)
         frames.append(frame)
-        tables.setdefault("calibration", []).append(frame.assign(model=model.evaluation.model))
+        _keep(tables, "calibration", frame, model)
     if any(model.development is None for model in plain):
         warnings.append("No development split: scores are shown as they are, without a scaling.")
     figures = []
@@ -223,7 +222,7 @@ def _thresholds(
             )
         frame = thresholds.operating_table(model.test, chosen)
         frame.insert(1, "thresholds from", kind)
-        tables.setdefault("thresholds", []).append(frame.assign(model=name))
+        _keep(tables, "thresholds", frame, model)
         frames.append(frame)
     return Section(title="At a threshold", warnings=warnings, paragraphs=paragraphs, frames=frames)
 
@@ -236,7 +235,7 @@ def _subgroups(
         if not gaps:
             continue
         name = model.evaluation.model
-        tables.setdefault("subgroups", []).append(subgroups.frame(gaps).assign(model=name))
+        _keep(tables, "subgroups", subgroups.frame(gaps), model)
         clear = [gap for gap in gaps if gap.is_clear]
         paragraphs.append(
             f"{name}: {len(clear)} of {len(gaps)} gaps have an interval without zero; about "
@@ -285,10 +284,10 @@ def _uncertain(
             for k in kept
         ]  # fmt: skip
         frame = pd.DataFrame([vars(row) for row in found])
-        tables.setdefault("uncertain", []).append(frame.assign(model=name))
+        _keep(tables, "uncertain", frame, model)
         frames.append(frame)
         figure = plots.uncertain_roc(table, hedged, kept)
-        plots.save(figure, folder / f"uncertain-{stem}-{name}")
+        plots.save(figure, folder / f"uncertain-{stem}-{_file_name(name)}")
         figures.append(Picture(image=figure, caption=f"{name}: ROC under the three readings."))
     return Section(
         title="Uncertain findings",
@@ -300,6 +299,20 @@ def _uncertain(
         figures=figures,
         frames=frames,
     )
+
+
+def _keep(
+    tables: dict[str, list[pd.DataFrame]], stem: str, frame: pd.DataFrame, model: "Model"
+) -> None:
+    """Add a frame to the CSV of that stem, whose rows say whose they are and under what."""
+    named = frame.copy()
+    named.insert(0, "protocol", model.protocol)
+    named.insert(0, "model", model.evaluation.model)
+    tables.setdefault(stem, []).append(named)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
 
 
 def _p(value: float) -> str:

@@ -175,9 +175,10 @@ def any_positive(labels: np.ndarray) -> np.ndarray:
 def _build(data: Any, source: str) -> Protocol:
     known = set(Protocol.__dataclass_fields__)
     if not isinstance(data, dict) or set(data) - known or not {"name", "findings"} <= set(data):
+        got = list(data) if isinstance(data, dict) else repr(data)
         raise ProtocolError(
             f"{source}: a protocol has name, findings and optionally "
-            f"{', '.join(sorted(known - {'name', 'findings'}))}; got {list(data) if isinstance(data, dict) else data!r}"
+            f"{', '.join(sorted(known - {'name', 'findings'}))}; got {got}"
         )
     for key, options in (("unit", Unit), ("pool", Pool), ("thresholds", Thresholds)):
         if data.get(key, get_args(options)[0]) not in get_args(options):

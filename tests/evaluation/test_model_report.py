@@ -91,6 +91,27 @@ def test_protocols_are_never_mixed(small):
     assert "## AUROC under ct-clip@" in card
 
 
+def test_protocols_of_one_name_stay_apart_in_tables_and_figures(tmp_path):
+    table = halves(meta={"sex": np.array(["F", "M"])[np.arange(80) // 2 % 2]})
+    labels = []
+    for unit in ("volume", "study"):
+        path = tmp_path / "mine.yaml"
+        path.write_text(f"name: mine\nunit: {unit}\nfindings: [Emphysema, Lung nodule]\n")
+        under = protocols.load(path).apply(replace(table, scores=expit(table.scores)))
+        replace(under, header=under.header | {"model": unit}).save(tmp_path / f"{unit}.parquet")
+        labels.append(protocols.load(path).label)
+    paths = [tmp_path / "volume.parquet", tmp_path / "study.parquet"]
+    model_report.run(paths, tmp_path / "out", ReportConfig(replicates=50))
+    for name in ("auc", "calibration", "thresholds", "subgroups"):
+        found = pd.read_csv(tmp_path / "out" / f"{name}.csv")
+        assert found.groupby("model")["protocol"].unique().str[0].to_dict() == {
+            "volume": labels[0],
+            "study": labels[1],
+        }, name
+    for name in ("auc", "roc", "reliability"):
+        assert len(list((tmp_path / "out").glob(f"{name}-mine-*.png"))) == 2
+
+
 def test_ct_clips_thresholds_are_called_optimistic(small):
     model_report.run([small / "b.parquet"], small / "out", ReportConfig(replicates=0))
     text = (small / "out" / "report.html").read_text()
