@@ -14,6 +14,8 @@ from ctclip.evaluation.report import with_interval
 if TYPE_CHECKING:
     from ctclip.evaluation.model_report import Model
 
+COUNTS = "positive / known"
+
 
 def write(
     path: Path, models: "Sequence[Model]", comparisons: Sequence[pd.DataFrame], command: str
@@ -54,24 +56,18 @@ def write(
         lines += ["", f"## AUROC under {protocol}", ""]
         lines.append("Brackets: 95 % interval, patients resampled.")
         lines.append("")
-        lines.append(_row(["finding", "positive / known", *(m.evaluation.model for m in members)]))
-        lines.append("|---|" + "---:|" * (len(members) + 1))
-        for k, first in enumerate(members[0].evaluation.findings):
-            results = [member.evaluation.findings[k] for member in members]
-            known = f"{first.positives} / {first.positives + first.negatives}"
-            values = [
-                first.note
-                if np.isnan(r.auroc)
-                else with_interval(r.auroc, r.auroc_low, r.auroc_high)
-                for r in results
-            ]
-            lines.append(_row([first.finding, known, *values]))
-        macros = [member.evaluation.macro for member in members]
-        values = [with_interval(m["auroc"], m["auroc_low"], m["auroc_high"]) for m in macros]
-        measured = ", ".join(sorted({str(int(m["num_findings"])) for m in macros}))
-        lines.append(_row([f"**macro over {measured}**", "", *values]))
-        lines += ["", "Cases: " + "; ".join(
-            f"{m.evaluation.model}: {m.evaluation.cases} of {m.evaluation.patients} patients"
+        columns = _columns(members)
+        if sum(head == COUNTS for head, _ in columns) > 1:
+            lines += ["The models have different cases; counts stand left of those they hold for."]
+            lines.append("")
+        names = [result.finding for result in members[0].evaluation.findings]
+        lines.append(_row(["finding", *(head for head, _ in columns)]))
+        lines.append("|---|" + "---:|" * len(columns))
+        measured = sorted({str(int(m.evaluation.macro["num_findings"])) for m in members})
+        for k, name in enumerate([*names, f"**macro over {', '.join(measured)}**"]):
+            lines.append(_row([name, *(cells[k] for _, cells in columns)]))
+        lines += ["", "; ".join(
+            f"{m.evaluation.model}: {m.evaluation.cases} cases of {m.evaluation.patients} patients"
             for m in members
         ) + "."]  # fmt: skip
     for frame in comparisons:
@@ -80,9 +76,11 @@ def write(
             "",
             f"## {macro['b']} minus {macro['a']}",
             "",
-            f"Macro AUROC {macro['difference']:+.4f} [{macro['low']:+.4f}, {macro['high']:+.4f}], "
-            f"paired, p = {macro['p']:.2g}; a difference of {macro['detectable']:.4f} would be "
-            "seen in 80 % of samples like this one.",
+            f"Under {macro['protocol']}, paired, on the {macro['cases']} cases of "
+            f"{macro['patients']} patients that both have: macro AUROC {macro['auroc_b']:.3f} "
+            f"minus {macro['auroc_a']:.3f} = {macro['difference']:+.4f} [{macro['low']:+.4f}, "
+            f"{macro['high']:+.4f}], p = {macro['p']:.2g}; a difference of "
+            f"{macro['detectable']:.4f} would be seen in 80 % of samples like this one.",
         ]
         clear = frame[(frame["p_holm"] < 0.05) & (frame["finding"] != "macro")]
         for row in clear.itertuples():
@@ -96,6 +94,25 @@ def write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text("\n".join(lines), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _columns(members: "Sequence[Model]") -> list[tuple[str, list[str]]]:
+    """Head and cells, the macro's last: a column per model, and counts before they change."""
+    columns: list[tuple[str, list[str]]] = []
+    shown = None
+    for evaluation in (member.evaluation for member in members):
+        results, macro = evaluation.findings, evaluation.macro
+        counts = [f"{r.positives} / {r.positives + r.negatives}" for r in results]
+        if counts != shown:
+            columns.append((COUNTS, [*counts, ""]))
+            shown = counts
+        areas = [
+            r.note if np.isnan(r.auroc) else with_interval(r.auroc, r.auroc_low, r.auroc_high)
+            for r in results
+        ]
+        overall = with_interval(macro["auroc"], macro["auroc_low"], macro["auroc_high"])
+        columns.append((evaluation.model, [*areas, overall]))
+    return columns
 
 
 def _row(cells: Sequence[str]) -> str:

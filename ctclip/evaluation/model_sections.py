@@ -115,9 +115,10 @@ def _comparison(
     for other in models[1:]:
         found = compare.compare(models[0].test, other.test, config.replicates, config.seed)
         frame = found.frame()
-        frame.insert(0, "protocol", other.protocol)
-        frame.insert(0, "b", found.b)
-        frame.insert(0, "a", found.a)
+        about = {"a": found.a, "b": found.b, "protocol": other.protocol}
+        about |= {"cases": found.cases, "patients": found.patients}
+        for place, (name, value) in enumerate(about.items()):
+            frame.insert(place, name, value)
         tables.setdefault("comparisons", []).append(frame)
         rows = [*found.findings, found.macro]
         figures.append(

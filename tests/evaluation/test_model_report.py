@@ -255,3 +255,22 @@ def test_patients_in_development_and_test_are_counted(tmp_path):
 def test_a_negative_number_of_replicates_is_refused():
     with pytest.raises(ValueError, match="replicates must be >= 0, got -5"):
         ReportConfig(replicates=-5)
+
+
+def test_the_card_counts_each_models_own_cases_and_those_of_a_difference(tmp_path):
+    table = cohort(200, model="all")
+    table.save(tmp_path / "a.parquet")
+    replace(table, header={"model": "half"}).rows(np.arange(100)).save(tmp_path / "b.parquet")
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    models = model_report.run(paths, tmp_path / "out", ReportConfig(replicates=50))
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "| finding | positive / known | all | positive / known | half |" in card
+    row = next(line for line in card.splitlines() if line.startswith("| Emphysema"))
+    for model in models:
+        result = model.evaluation.findings[0]
+        assert f"| {result.positives} / {result.positives + result.negatives} |" in row
+    assert "all: 200 cases of 100 patients; half: 100 cases of 50 patients." in card
+    half = f"{models[1].evaluation.macro['auroc']:.3f}"
+    assert (
+        f"on the 100 cases of 50 patients that both have: macro AUROC {half} minus {half}" in card
+    )
