@@ -91,7 +91,7 @@ def on_phantoms(place: tuple[str, str, str], seed: int, cache: str) -> list[dict
     train, test, texts = case.train, case.test, case.texts
     checkpoint = checkpoints.load(place[0])
     config = TrainFitConfig(
-        zero_shot=ZeroShotConfig(replicates=500), audit=AuditConfig(replicates=40, seed=seed)
+        zero_shot=ZeroShotConfig(replicates=500), audit=AuditConfig(replicates=100, seed=seed)
     )
     sizes = train_fit.read_sizes(Path(place[2]) / "truth.csv")
     clean = label_audit.audit(train, texts, config.audit)
@@ -156,7 +156,7 @@ def judge(seed: int, corruption: float) -> list[train_fit.Judgement]:
     labels[:8, 6] = 1
     train = replace(train, labels=labels)
     config = TrainFitConfig(
-        zero_shot=ZeroShotConfig(replicates=500), audit=AuditConfig(replicates=40)
+        zero_shot=ZeroShotConfig(replicates=500), audit=AuditConfig(replicates=100)
     )
     audited = label_audit.audit(train, None, config.audit)
     tables = [scored(train, seed, memorised=True), scored(test, seed + 1, memorised=False)]

@@ -44,6 +44,9 @@ KINDS = 6
 IS_PRESENT = np.arange(KINDS) % 2 == 1
 """Kinds whose label says "present"."""
 
+START_CHANCE = 0.01
+"""Smallest chance of a kind of record from which a replicate's fit starts."""
+
 SLOPE, OFFSET, LOGIT = (-5.0, 4.0), (-30.0, 30.0), (-12.0, 12.0)
 """Bounds of the parameters, the slope's on its logarithm."""
 
@@ -190,7 +193,10 @@ def _starts(
     """Where to climb from: labels almost right or often wrong, curves flat or steep."""
     if start is not None:
         chances = np.stack([start.if_present[met], start.if_absent[met]])
-        return [np.r_[np.log(start.slope), start.offset, np.log(np.maximum(chances, 1e-5)).ravel()]]
+        # off the edge: at a chance of 0 the slope towards any noise is 0 too, and a replicate that
+        # starts there stays there
+        chances = np.maximum(chances, START_CHANCE)
+        return [np.r_[np.log(start.slope), start.offset, np.log(chances).ravel()]]
     share = np.where(is_present, counts / counts[is_present].sum(), 0.0)
     share = np.where(is_present, share, counts / counts[~is_present].sum())
     found = []
@@ -258,9 +264,15 @@ def estimate(
         lost = _aurocs(found, centre, cell_kind, counts)
         sampled.append((wrong, found.missed, found.false, lost[0] - lost[1]))
     table = np.array(sampled).reshape(-1, 4)
-    ends = [bootstrap.interval(table[:, column]) for column in range(4)]
     posterior, chance = np.full((2, len(labels)), np.nan)
     posterior[mask], chance[mask] = model.wrong(score, kind), model.present(score)
+    truth = model.truth(score, kind)
+    points = (posterior[mask].mean(), model.missed, model.false)
+    cases = (len(label), truth.sum(), (1 - truth).sum())
+    ends = [
+        _ends(table[:, column], point, count)
+        for column, (point, count) in enumerate(zip(points, cases, strict=True))
+    ]
     inferred, against_labels = _aurocs(model, score, kind, np.ones(len(label)))
     return NoiseEstimate(
         model=model,
@@ -275,10 +287,22 @@ def estimate(
         false_high=ends[2][1],
         auroc_inferred=inferred,
         auroc_lost=inferred - against_labels,
-        auroc_lost_low=ends[3][0],
+        auroc_lost_low=min(bootstrap.interval(table[:, 3])[0], inferred - against_labels),
         posterior=posterior,
         chance=chance,
     )
+
+
+def _ends(replicates: np.ndarray, point: float, cases: float) -> tuple[float, float]:
+    """Interval of a share: percentiles, but never below what so many cases can exclude.
+
+    Where no case looks wrong, no replicate does either; the upper end is then that of Clopper and
+    Pearson for none among the cases ("rule of three").
+    """
+    low, high = bootstrap.interval(replicates)
+    if np.isnan(low):
+        return low, high
+    return min(low, point), max(high, point, 1.0 - 0.025 ** (1.0 / max(cases, 1.0)))
 
 
 def _aurocs(

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 
+MIN_REPLICATES = 100
+"""Fits behind an interval whose lower end decides: the 2.5 % point of twenty is their least."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFitConfig:
@@ -52,6 +55,13 @@ class TrainFitConfig:
     audit: AuditConfig = field(default_factory=AuditConfig)
     criteria: Criteria = field(default_factory=Criteria)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.audit.replicates < MIN_REPLICATES:
+            raise ValueError(
+                f"audit.replicates is {self.audit.replicates}, but the end of an interval decides "
+                f"about labels here: give at least {MIN_REPLICATES}"
+            )
 
 
 def run(

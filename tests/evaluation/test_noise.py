@@ -32,6 +32,16 @@ def test_dropped_positives_are_told_from_false_ones(rate):
     assert found.false < 0.01
 
 
+def test_none_seen_among_hundreds_is_not_none_for_certain():
+    """400 right positives can't exclude that 0.8 % of such cases are labelled absent."""
+    for separation in (8.0, 2.5):
+        found = noise.estimate(*scores_and_labels(separation), np.arange(2000), replicates=30)
+        assert found.missed_low <= found.missed <= found.missed_high
+        assert found.wrong_low <= found.wrong <= found.wrong_high
+        assert found.false_low <= found.false <= found.false_high
+        assert 0.008 < found.missed_high < 0.3
+
+
 @pytest.mark.parametrize("separation", [1.0, 2.0, 4.0])
 def test_overlapping_classes_are_not_noise(separation):
     found = noise.estimate(*scores_and_labels(separation), np.arange(2000), replicates=10)

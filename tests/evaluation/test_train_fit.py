@@ -55,10 +55,8 @@ def judged():
     labels[:6, RARE] = 1
     train = replace(train, labels=labels)
     memorised = 0.3 * (labels[:, OVERFITTED] - 0.5)
-    config = TrainFitConfig(
-        zero_shot=ZeroShotConfig(replicates=250), audit=AuditConfig(replicates=20)
-    )
-    audited = label_audit.audit(train, None, config.audit)
+    config = TrainFitConfig(zero_shot=ZeroShotConfig(replicates=250))
+    audited = label_audit.audit(train, None, AuditConfig(replicates=20))
     tables = [scored(train, 0, memorised), scored(test, 1)]
     assert metrics.auroc(tables[0].labels[:, 10], tables[0].scores[:, 10]) > 0.9
     return train_fit.assess(tables, audited, config)
@@ -171,3 +169,8 @@ def test_sizes_are_read_as_the_largest_of_a_volume(tmp_path):
     path.write_text("volume_id,finding\n")
     with pytest.raises(ValueError, match="no column 'size_mm'"):
         train_fit.read_sizes(path)
+
+
+def test_too_few_replicates_to_decide_by_are_refused():
+    with pytest.raises(ValueError, match=r"audit\.replicates is 20, .* at least 100"):
+        TrainFitConfig(audit=AuditConfig(replicates=20))
