@@ -68,8 +68,9 @@ def build(
         ),
         Section(
             title="Per finding",
-            paragraphs=[evaluation.model for evaluation in evaluations] if len(models) > 1 else [],
+            paragraphs=[report.PICKED_HERE],
             frames=[report.results_frame(evaluation) for evaluation in evaluations],
+            captions=[evaluation.model for evaluation in evaluations],
         ),
     ]
     if len(models) > 1:
@@ -115,8 +116,8 @@ def _comparison(
     for other in models[1:]:
         found = compare.compare(models[0].test, other.test, config.replicates, config.seed)
         frame = found.frame()
-        about = {"a": found.a, "b": found.b, "protocol": other.protocol}
-        about |= {"cases": found.cases, "patients": found.patients}
+        about = {"a": found.a, "b": found.b, "protocol": other.protocol,
+                 "cases": found.cases, "patients": found.patients}  # fmt: skip
         for place, (name, value) in enumerate(about.items()):
             frame.insert(place, name, value)
         tables.setdefault("comparisons", []).append(frame)
@@ -150,13 +151,20 @@ def _comparison(
                 }
             )
         )  # fmt: skip
-    return Section(title="Paired comparison", paragraphs=paragraphs, figures=figures, frames=frames)
+    return Section(
+        title="Paired comparison",
+        paragraphs=paragraphs,
+        figures=figures,
+        frames=frames,
+        captions=[f"{other.evaluation.model} against {models[0].evaluation.model}"
+                  for other in models[1:]],
+    )  # fmt: skip
 
 
 def _calibration(
     models: "Sequence[Model]", folder: Path, stem: str, tables: dict[str, list[pd.DataFrame]]
 ) -> Section:
-    plain = [m for m in models if np.nanmin(m.test.scores) >= 0 and np.nanmax(m.test.scores) <= 1]
+    plain = [model for model in models if _are_probabilities(model.test.scores)]
     warnings = [
         f"{m.evaluation.model}: scores are no probabilities; calibration isn't shown."
         for m in models
@@ -195,7 +203,13 @@ def _calibration(
         figure = plots.reliability_grid([model.test for model in plain])
         plots.save(figure, folder / f"reliability-{stem}")
         figures = [Picture(image=figure, caption="On the diagonal, a score is a probability.")]
-    return Section(title="Calibration", warnings=warnings, figures=figures, frames=frames)
+    return Section(
+        title="Calibration",
+        warnings=warnings,
+        figures=figures,
+        frames=frames,
+        captions=[model.evaluation.model for model in plain],
+    )
 
 
 def _thresholds(
@@ -225,17 +239,24 @@ def _thresholds(
         frame.insert(1, "thresholds from", kind)
         _keep(tables, "thresholds", frame, model)
         frames.append(frame)
-    return Section(title="At a threshold", warnings=warnings, paragraphs=paragraphs, frames=frames)
+    return Section(
+        title="At a threshold",
+        warnings=warnings,
+        paragraphs=paragraphs,
+        frames=frames,
+        captions=[model.evaluation.model for model in models],
+    )
 
 
 def _subgroups(
     found: "Sequence[tuple[Model, list[subgroups.Gap]]]", tables: dict[str, list[pd.DataFrame]]
 ) -> Section:
-    frames, paragraphs = [], []
+    frames, paragraphs, captions = [], [], []
     for model, gaps in found:
         if not gaps:
             continue
         name = model.evaluation.model
+        captions.append(name)
         _keep(tables, "subgroups", subgroups.frame(gaps), model)
         clear = [gap for gap in gaps if gap.is_clear]
         paragraphs.append(
@@ -257,7 +278,7 @@ def _subgroups(
                 }
             )
         )
-    return Section(title="Subgroups", paragraphs=paragraphs, frames=frames)
+    return Section(title="Subgroups", paragraphs=paragraphs, frames=frames, captions=captions)
 
 
 def _uncertain(
@@ -267,7 +288,7 @@ def _uncertain(
     stem: str,
     tables: dict[str, list[pd.DataFrame]],
 ) -> Section:
-    frames, figures, warnings = [], [], []
+    frames, figures, warnings, captions = [], [], [], []
     for model in models:
         table, name = model.test, model.evaluation.model
         said = [texts.get(volume, "") for volume in table.volume_id.tolist()]
@@ -287,6 +308,7 @@ def _uncertain(
         frame = pd.DataFrame([vars(row) for row in found])
         _keep(tables, "uncertain", frame, model)
         frames.append(frame)
+        captions.append(name)
         figure = plots.uncertain_roc(table, hedged, kept)
         plots.save(figure, folder / f"uncertain-{stem}-{_file_name(name)}")
         figures.append(Picture(image=figure, caption=f"{name}: ROC under the three readings."))
@@ -299,7 +321,13 @@ def _uncertain(
         warnings=warnings,
         figures=figures,
         frames=frames,
+        captions=captions,
     )
+
+
+def _are_probabilities(scores: np.ndarray) -> bool:
+    known = scores[~np.isnan(scores)]
+    return bool(len(known) and known.min() >= 0 and known.max() <= 1)
 
 
 def _keep(

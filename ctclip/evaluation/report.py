@@ -15,6 +15,10 @@ from ctclip import __version__
 from ctclip.evaluation import metrics, plots
 from ctclip.evaluation.scores import ScoreTable
 
+PICKED_HERE = (
+    "Sensitivity at 90 % specificity takes its threshold from these very cases, which flatters it."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -40,13 +44,17 @@ class Section:
     """Below each other, full width."""
 
     frames: Sequence[pd.DataFrame] = ()
+    captions: Sequence[str] = ()
+    """Above each frame, as whose it is; none, or one per frame."""
+
     gallery: Sequence[Picture] = ()
     """Small pictures side by side, such as the slices of similar cases."""
 
     @property
     def tables(self) -> list[str]:
         """The frames as HTML."""
-        return [_table(frame) for frame in self.frames]
+        captions = self.captions or [""] * len(self.frames)
+        return [_table(f, caption) for f, caption in zip(self.frames, captions, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,7 @@ def zero_shot_sections(table: ScoreTable, evaluation: metrics.Evaluation) -> lis
     return [
         Section(
             title="AUROC per finding",
-            paragraphs=[lead],
+            paragraphs=[lead, PICKED_HERE],
             figures=[
                 Picture(
                     image=plots.auc_bars([evaluation]),
@@ -227,7 +235,7 @@ def with_interval(value: float, low: float = float("nan"), high: float = float("
     return f"{value:.3f}" if np.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _table(frame: pd.DataFrame) -> str:
+def _table(frame: pd.DataFrame, caption: str = "") -> str:
     """An HTML table; numbers to the right, text to the left, everything escaped."""
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
     body = []
@@ -238,7 +246,8 @@ def _table(frame: pd.DataFrame) -> str:
             text = f"{value:.3f}" if isinstance(value, float) else str(value)
             cells.append(f"<td{' class=text' if is_text else ''}>{html.escape(text)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _markup(text: str) -> str:

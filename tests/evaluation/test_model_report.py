@@ -68,6 +68,16 @@ def test_the_page_shows_each_part(results):
     assert "http" not in text
 
 
+def test_every_table_of_several_models_names_its_own(results):
+    """Per finding, calibration, thresholds and subgroups come once per model."""
+    text = (results[1] / "report.html").read_text()
+    for title in ("Per finding", "Calibration", "At a threshold", "Subgroups"):
+        part = text.split(f">{title}</h2>")[1].split("<h2")[0]
+        for model in ("ours", "theirs"):
+            assert part.count(f"<table><caption>{model}</caption>") == 1, title
+    assert "takes its threshold from these very cases" in text
+
+
 @pytest.fixture
 def small(tmp_path):
     """Two findings, and two protocols over them: quick to draw."""
