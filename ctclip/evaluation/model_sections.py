@@ -116,6 +116,7 @@ def _comparison(
     for other in models[1:]:
         found = compare.compare(models[0].test, other.test, config.replicates, config.seed)
         frame = found.frame()
+        about: dict[str, str | int]
         about = {"a": found.a, "b": found.b, "protocol": other.protocol,
                  "cases": found.cases, "patients": found.patients}  # fmt: skip
         for place, (name, value) in enumerate(about.items()):

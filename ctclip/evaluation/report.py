@@ -159,12 +159,12 @@ def print_evaluation(evaluation: metrics.Evaluation) -> None:
     """The AUC table in the terminal; it fits into 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    noted = any(r.note for r in evaluation.findings)
     # Narrow enough for a terminal of 80 columns, where the numbers are what must not be cut.
     table = Table(
-        title=f"AUROC of {evaluation.model}",
+        title=f"AUROC of {escape(evaluation.model)}",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -172,15 +172,15 @@ def print_evaluation(evaluation: metrics.Evaluation) -> None:
     table.add_column("finding", no_wrap=True)
     for column in ("positive", "AUROC [95 % interval]", "AP"):
         table.add_column(column, justify="right", no_wrap=True)
-    if noted:
-        table.add_column("note", style="dim")
+    notes: dict[str, list[str]] = {}
     for r in evaluation.findings:
+        if r.note:
+            notes.setdefault(r.note, []).append(r.finding)
         table.add_row(
-            r.finding,
+            f"{r.finding} *" if r.note else r.finding,
             f"{r.positives}/{r.positives + r.negatives}",
             with_interval(r.auroc, r.auroc_low, r.auroc_high),
-            f"{r.average_precision:.2f}" if r.average_precision == r.average_precision else "–",
-            *([r.note] if noted else []),
+            _two_digits(r.average_precision),
         )
     macro = evaluation.macro
     table.add_section()
@@ -188,10 +188,18 @@ def print_evaluation(evaluation: metrics.Evaluation) -> None:
         f"macro over {int(macro['num_findings'])} findings",
         "",
         with_interval(macro["auroc"], macro["auroc_low"], macro["auroc_high"]),
-        f"{macro['average_precision']:.2f}",
+        _two_digits(macro["average_precision"]),
         style="bold",
     )
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for note, findings in notes.items():
+        console.print(f" * {note}: {', '.join(findings)}", style="dim", markup=False)
+    console.print(
+        f" {evaluation.header.get('protocol', 'no protocol')}; split: {evaluation.split}; "
+        f"{evaluation.cases} cases of {evaluation.patients} patients",
+        markup=False,
+    )
 
 
 def print_scores(scores: Mapping[str, float], development: Mapping[str, float]) -> None:
@@ -233,6 +241,10 @@ def with_interval(value: float, low: float = float("nan"), high: float = float("
     if np.isnan(value):
         return "–"
     return f"{value:.3f}" if np.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _two_digits(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
 
 
 def _table(frame: pd.DataFrame, caption: str = "") -> str:

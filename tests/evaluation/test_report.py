@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -64,8 +65,22 @@ def test_intervals_are_written_only_where_they_exist():
 
 def test_the_terminal_table_shows_whole_numbers_in_eighty_columns(table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    report.print_evaluation(metrics.evaluate(table, replicates=250))
+    table = replace(
+        table,
+        findings=("Coronary artery wall calcification", "Hiatal hernia"),
+        header={"model": "toy", "protocol": "ct-rate-18@0123456789ab"},
+    )
+    found = metrics.evaluate(table, replicates=250)
+    rare = replace(found.findings[0], positives=1999, negatives=8001, note="rough: 17 patients")
+    report.print_evaluation(replace(found, findings=[rare, found.findings[1]]))
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 80
-    assert "no positives" in out
+    assert "* rough: 17 patients: Coronary artery wall calcification\n" in out
+    assert "* no positives: not measured: Hiatal hernia\n" in out
+    assert "ct-rate-18@0123456789ab; split: test; 60 cases of 60 patients" in out
+
+
+def test_a_macro_that_was_not_measured_is_a_dash_in_the_terminal(table, capsys):
+    report.print_evaluation(metrics.evaluate(table.of_findings(["Hiatal hernia"]), replicates=0))
+    assert "nan" not in capsys.readouterr().out
