@@ -161,8 +161,9 @@ def write(
 def apply(review: str | Path, manifest: str | Path, out: str | Path, reviewer: str) -> pd.DataFrame:
     """Put a reader's decisions into a copy of the manifest.
 
-    Only label cells named in the review list change; every other byte of text stays. Beside the
-    manifest, ``<out>.changes.csv`` lists each change and ``<out>.provenance.json`` its origin.
+    Only label cells named in the review list change, and the paths of scans where the new manifest
+    lies in another folder: they are relative to the manifest's. Beside the manifest,
+    ``<out>.changes.csv`` lists each change and ``<out>.provenance.json`` its origin.
 
     Args:
         review: The list with its ``decision`` column filled.
@@ -174,8 +175,8 @@ def apply(review: str | Path, manifest: str | Path, out: str | Path, reviewer: s
         The changes.
 
     Raises:
-        ValueError: If a decision is unknown, a volume or finding isn't in the manifest, or a
-            label has changed since the audit.
+        ValueError: If a decision is unknown, a volume or finding isn't in the manifest, a label
+            has changed since the audit, or ``out`` lies in a folder that doesn't hold the scans.
     """
     decisions = pd.read_csv(review, dtype=str, keep_default_na=False)
     wrong = decisions[~decisions["decision"].isin(DECISIONS)]
@@ -211,6 +212,8 @@ def apply(review: str | Path, manifest: str | Path, out: str | Path, reviewer: s
         changes, columns=["volume_id", "finding", "old", "new", "p_wrong", "reason"]
     )
     target = Path(out)
+    for row in rows if "path" in columns else []:
+        row["path"] = _moved(row["path"], Path(manifest).parent, target.parent)
     _write_csv(target, columns, rows)
     frame.to_csv(target.with_suffix(".changes.csv"), index=False)
     provenance = {
@@ -229,6 +232,20 @@ def _volume_id(row: dict[str, str]) -> str:
     from ctclip.data.manifest import volume_stem
 
     return row.get("volume_id") or volume_stem(row["path"])
+
+
+def _moved(path: str, source: Path, target: Path) -> str:
+    """A scan's path, relative to the folder of the new manifest where it was to the old one's."""
+    scan = os.path.abspath(source / path)
+    if not path or Path(path).is_absolute() or not os.path.exists(scan):
+        return path  # below a --root of its own, which stays
+    moved = os.path.relpath(scan, os.path.abspath(target))
+    if moved.startswith(os.pardir):
+        raise ValueError(
+            f"{target} doesn't hold the scan {scan}, and a manifest names scans below its own "
+            f"folder; write the corrected one into {source}, e.g. --out {source}/corrected.csv"
+        )
+    return moved
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:

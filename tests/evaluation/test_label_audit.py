@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ctclip.data.manifest import read_manifest
 from ctclip.evaluation import label_audit, planted, review
 from ctclip.evaluation.label_audit import AuditConfig
 from ctclip.findings import FINDINGS
@@ -120,6 +121,23 @@ def test_a_review_is_written_filled_and_applied(case, tmp_path):
     assert "A. Reader" in (tmp_path / "corrected.provenance.json").read_text()
     with pytest.raises(ValueError, match="audit the present labels again"):
         review.apply(tmp_path / "review.csv", tmp_path / "corrected.csv", tmp_path / "x.csv", "B")
+
+
+def test_a_corrected_manifest_finds_its_scans_where_it_is_written(case, tmp_path):
+    volume = case[3].suspects["volume_id"][0]
+    scan = tmp_path / "data" / "volumes" / f"{volume}.nii.gz"
+    scan.parent.mkdir(parents=True)
+    scan.touch()
+    review.write(case[3], tmp_path, review.ReviewConfig())
+    row = {"patient_id": "p", "study_id": "s", "path": f"volumes/{volume}.nii.gz"}
+    manifest = tmp_path / "data" / "manifest.csv"
+    pd.DataFrame([row]).to_csv(manifest, index=False)
+
+    above = tmp_path / "above.csv"
+    review.apply(tmp_path / "review.csv", manifest, above, "A. Reader")
+    assert read_manifest(above)[0][0].path == scan
+    with pytest.raises(ValueError, match="write the corrected one into"):
+        review.apply(tmp_path / "review.csv", manifest, tmp_path / "b" / "c.csv", "A. Reader")
 
 
 def test_a_misspelt_decision_is_named(case, tmp_path):
