@@ -56,6 +56,16 @@ def test_a_misspelt_config_key_is_one_sentence(capsys, tmp_path):
     assert "did you mean num_patients?" in capsys.readouterr().err
 
 
+def test_overrides_after_a_flag_of_many_values_are_overrides(tmp_path, capsys):
+    (tmp_path / "m.safetensors").touch()
+    with pytest.raises(SystemExit):
+        cli.lesion_size(
+            [f"--ckpt={tmp_path / 'm.safetensors'}", "--volumes", "a.nii.gz", "diameter_mm=[6]"]
+        )
+
+    assert "did you mean diameters_mm?" in capsys.readouterr().err
+
+
 def test_a_flag_without_a_value_for_key_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.phantom(["--out=x", "num_patients"])

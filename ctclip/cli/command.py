@@ -5,6 +5,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ Command = Callable[[Sequence[str] | None], None]
 
 PATIENCE_S = 20.0
 """How long the other processes of a launcher leave it to the first one to report an error."""
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         FileNotFoundError: If ``--config``, ``--ckpt`` or ``--cohort`` isn't there.
     """
     args = parser.parse_intermixed_args(argv)
+    _leave_overrides(args)
     for override in getattr(args, "overrides", []):
         if "=" not in override:
             parser.error(f"expected key=value, got {override!r}")
@@ -104,6 +108,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if os.environ.get("RANK", "0") == "0":  # of a launcher's processes, one speaks
         logger.info("%s: starting, loading libraries", parser.prog)
     return args
+
+
+def _leave_overrides(args: argparse.Namespace) -> None:
+    """``--volumes a.nii.gz seed=1``: a flag of many values leaves key=value to the overrides."""
+    for name, values in vars(args).items():
+        if name == "overrides" or not (hasattr(args, "overrides") and isinstance(values, list)):
+            continue
+        pairs = [v for v in values if _OVERRIDE.match(str(v)) and not Path(v).exists()]
+        setattr(args, name, [v for v in values if v not in pairs])
+        args.overrides = [*args.overrides, *pairs]
 
 
 def _require_files(args: argparse.Namespace) -> None:
