@@ -25,7 +25,6 @@ _UNREADABLE = (
     ArithmeticError,
     AssertionError,
     RuntimeError,
-    MemoryError,
 )
 """What torch's reader of plain tensors raises on bytes that are something else: its own error for
 few of them, and whatever its stack machine stumbles over for the rest."""
