@@ -78,7 +78,7 @@ def build(
     sections.append(_calibration(models, folder, stem, tables))
     sections.append(_thresholds(models, config, tables))
     found = [(model, subgroups.gaps(model.test, min(config.replicates, 1000))) for model in models]
-    if any(gaps for _, gaps in found):
+    if any(model.test.meta for model in models):
         sections.append(_subgroups(found, tables))
     if texts is not None:
         sections.append(_uncertain(models, texts, folder, stem, tables))
@@ -254,9 +254,10 @@ def _subgroups(
 ) -> Section:
     frames, paragraphs, captions = [], [], []
     for model, gaps in found:
+        name = model.evaluation.model
+        paragraphs += [f"{name}: {reason}" for reason in subgroups.left_out(model.test, gaps)]
         if not gaps:
             continue
-        name = model.evaluation.model
         captions.append(name)
         _keep(tables, "subgroups", subgroups.frame(gaps), model)
         clear = [gap for gap in gaps if gap.is_clear]

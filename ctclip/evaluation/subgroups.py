@@ -63,6 +63,30 @@ def gaps(table: ScoreTable, replicates: int = 1000, seed: int = 0) -> list[Gap]:
     return found
 
 
+def left_out(table: ScoreTable, found: list[Gap]) -> list[str]:
+    """Which columns and groups have no gap, and why: one sentence per column.
+
+    Args:
+        table: As given to :func:`gaps`.
+        found: What came back.
+    """
+    measured = {(gap.column, gap.group) for gap in found}
+    sentences = []
+    for column, values in table.meta.items():
+        names = sorted(set(binned(column, values).tolist()) - {""})
+        few = [name for name in names if (column, name) not in measured]
+        if not names:
+            sentences.append(f"{column} left out: not known of any case.")
+        elif len(names) == 1:
+            sentences.append(f"{column} left out: all known cases are in one group, {names[0]}.")
+        elif few:
+            sentences.append(
+                f"{column} left out for {', '.join(few)}: no finding has {MIN_PATIENTS} positive "
+                f"and {MIN_PATIENTS} negative patients both inside and outside."
+            )
+    return sentences
+
+
 def binned(column: str, values: np.ndarray) -> np.ndarray:
     """Group names: numeric columns of :data:`BINS` in ranges, others as they are."""
     if column not in BINS:

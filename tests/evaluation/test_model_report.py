@@ -284,3 +284,15 @@ def test_the_card_counts_each_models_own_cases_and_those_of_a_difference(tmp_pat
     assert (
         f"on the 100 cases of 50 patients that both have: macro AUROC {half} minus {half}" in card
     )
+
+
+def test_labels_without_scores_and_subgroups_left_out_are_on_the_page(tmp_path):
+    scores = cohort(80).scores
+    scores[:60, 0] = np.nan
+    thick = {"slice_thickness_mm": np.full(80, "5.0")}
+    replace(cohort(80), scores=scores, meta=thick).save(tmp_path / "a.parquet")
+    model_report.run([tmp_path / "a.parquet"], tmp_path / "out", ReportConfig(replicates=0))
+    page, card = both(tmp_path / "out")
+    assert "slice_thickness_mm left out: all known cases are in one group" in page
+    assert "60 of 160 labels have no score beside them" in page
+    assert "60 of 160 labels have no score beside them" in card

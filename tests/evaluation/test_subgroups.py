@@ -35,6 +35,23 @@ def test_unknown_values_are_in_no_group_and_small_groups_are_left_out():
     assert {gap.group for gap in found} == {"F", "M"}
 
 
+def test_a_subgroup_that_is_left_out_is_named_with_the_reason():
+    """Every slice is thick: no comparison; four patients of another sex are too few for one."""
+    table = replace(
+        cohort(200),
+        meta={
+            "slice_thickness_mm": np.full(200, "5.0"),
+            "sex": np.array(["F"] * 100 + ["M"] * 92 + ["D"] * 8),
+            "hospital": np.full(200, ""),
+            "kernel": np.array(["sharp", "soft"])[np.arange(200) // 2 % 2],
+        },
+    )
+    thickness, sex, hospital = subgroups.left_out(table, subgroups.gaps(table, replicates=0))
+    assert thickness == "slice_thickness_mm left out: all known cases are in one group, >= 3.01."
+    assert sex.startswith("sex left out for D: no finding has 5 positive and 5 negative patients")
+    assert hospital == "hospital left out: not known of any case."
+
+
 @pytest.mark.parametrize(
     ("age", "group"), [("49.9", "< 50"), ("50", "50 to 65"), ("90", ">= 80"), ("?", "")]
 )
