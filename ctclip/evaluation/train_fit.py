@@ -7,8 +7,10 @@ labels, or a target that the model can't see.
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +51,8 @@ class TrainFitConfig:
     """How the training set is looked at."""
 
     sample: int = 3000
-    """Training volumes at most; whole patients are drawn, so that prevalence stays."""
+    """Training volumes, about; whole patients. Of a larger training set, half of them are drawn as
+    equally many positives of each finding, so that rare ones can be judged, the rest at random."""
 
     zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -92,6 +95,7 @@ def run(
     config = config or TrainFitConfig()
     folder = Path(out)
     prepared = PreparedCohort.open(Path(cohort))
+    sizes = None if lesions is None else _known_sizes(lesions, prepared.records)
     records = []
     for split in SPLITS:
         chosen = [record for record in prepared.records if record.split == split]
@@ -131,8 +135,8 @@ def run(
         tables,
         audited,
         config,
-        sizes=None if lesions is None else read_sizes(lesions),
-        curves=curve if len(earlier) >= 2 else {},
+        sizes=sizes,
+        curves=curve if earlier else {},
         token_mm=_token_mm(checkpoint),
     )
     facts = {
@@ -235,15 +239,39 @@ def read_sizes(path: str | Path) -> dict[tuple[str, str], float]:
     """Largest lesion per volume and finding from a table of lesions.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing or a size isn't a number of mm.
     """
-    frame = pd.read_csv(path, dtype={"volume_id": str})
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     missing = {"volume_id", "finding", "size_mm"} - set(frame.columns)
     if missing:
-        raise ValueError(f"{path}: no column {sorted(missing)[0]!r}")
-    largest = frame.groupby(["volume_id", "finding"])["size_mm"].max()
-    rows = largest.reset_index().itertuples(index=False)
-    return {(str(row[0]), str(row[1])): float(str(row[2])) for row in rows}
+        raise ValueError(
+            f"{path}: no column {sorted(missing)[0]!r}; expected volume_id, finding, size_mm"
+        )
+    size = pd.to_numeric(frame["size_mm"].replace("", "nan"), errors="coerce")
+    wrong = frame[size.isna() & ~frame["size_mm"].isin(["", "nan"])]
+    if len(wrong):
+        raise ValueError(
+            f"{path} line {int(wrong.index[0]) + 2}: size_mm is {wrong.iloc[0]['size_mm']!r}, "
+            "expected a number of mm, or nothing where the size isn't known"
+        )
+    largest = frame.assign(size_mm=size).groupby(["volume_id", "finding"])["size_mm"].max()
+    return {(str(key[0]), str(key[1])): float(value) for key, value in largest.items()}
+
+
+def _known_sizes(
+    path: str | Path, records: "Sequence[VolumeRecord]"
+) -> dict[tuple[str, str], float]:
+    """Sizes of a table that is about these volumes and findings."""
+    sizes = read_sizes(path)
+    volumes = {record.volume_id for record in records}
+    if not any(volume in volumes and finding in FINDINGS for volume, finding in sizes):
+        first = next(iter(sizes), ("no row", ""))
+        raise ValueError(
+            f"{path}: none of its {len(sizes)} lesions is of a volume and finding of the cohort; "
+            f"it starts with {first[0]!r}, {first[1]!r}, the cohort with "
+            f"{min(volumes, default='')!r}, {FINDINGS[0]!r}"
+        )
+    return sizes
 
 
 def write(
@@ -328,16 +356,30 @@ def _fit(table: ScoreTable, k: int, replicates: np.ndarray) -> SplitFit:
 def _sample(records: "list[VolumeRecord]", config: TrainFitConfig) -> "list[VolumeRecord]":
     if len(records) <= config.sample:
         return records
-    patients = sorted({record.patient_id for record in records})
-    order = np.random.default_rng(config.seed).permutation(len(patients))
-    counts = pd.Series([record.patient_id for record in records]).value_counts()
+    size: Counter[str] = Counter()
+    positive: dict[str, set[str]] = {finding: set() for finding in FINDINGS}
+    for record in records:
+        size[record.patient_id] += 1
+        for finding in FINDINGS:
+            if record.labels.get(finding) == 1.0:
+                positive[finding].add(record.patient_id)
+    order = np.random.default_rng(config.seed).permutation(sorted(size)).tolist()
+    # one patient of each finding in turn, as long as a finding has any, up to half of the sample
+    queues = [iter([name for name in order if name in positive[f]]) for f in FINDINGS]
+    turns = (name for row in zip_longest(*queues) for name in row if name is not None)
     total, kept = 0, set()
-    for index in order:
-        if total >= config.sample:
-            break
-        kept.add(patients[index])
-        total += int(counts[patients[index]])
-    logger.info("training set: %d of %d volumes drawn, whole patients", total, len(records))
+    for candidates, most in ((turns, config.sample / 2), (order, config.sample)):
+        for name in candidates:
+            if total >= most:
+                break
+            if name not in kept:
+                kept.add(name)
+                total += size[name]
+    logger.info(
+        "training set: %d of %d volumes drawn, whole patients, rare findings first",
+        total,
+        len(records),
+    )
     return [record for record in records if record.patient_id in kept]
 
 

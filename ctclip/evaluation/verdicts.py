@@ -21,6 +21,8 @@ class Verdict(str, Enum):
     OVERFITS = "overfits"
     LABELS = "not even fitted: labels suspect"
     SMALL = "not even fitted: target too small or too subtle for this input"
+    SUBTLE = "not even fitted: target too subtle for this input"
+    RISING = "not fitted yet: training AUROC still rises"
     PROMPTS = "seen by the image tower, not reached by its prompts"
     FEW = "too few cases to say"
 
@@ -44,6 +46,9 @@ class Criteria:
     missed: float = 0.05
     """Share of the true cases labelled absent, at the interval's lower end, from which labels are
     suspect even if a rank statistic hardly feels it: in a rare finding they are few among many."""
+
+    rising: float = 0.02
+    """Training AUROC gained over the last third of the checkpoints, above which more steps help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,14 @@ class Evidence:
     """Correlation of the scores of two reconstructions of one study, beyond the label."""
 
     curve: tuple[float, ...] = ()
-    """Training AUROC over checkpoints, oldest first."""
+    """Training AUROC over checkpoints, oldest first; the last is the one that is judged."""
+
+    @property
+    def rise(self) -> float:
+        """Training AUROC gained over the last third of the curve; nan without one."""
+        if len(self.curve) < 2:
+            return float("nan")
+        return self.curve[-1] - self.curve[-1 - max(len(self.curve) // 3, 1)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,7 +139,11 @@ def _verdict(evidence: Evidence, criteria: Criteria) -> Verdict:
         return Verdict.LABELS
     if train.auroc < criteria.fitted:
         reached = evidence.probe >= criteria.fitted and evidence.probe - train.auroc > criteria.gap
-        return Verdict.PROMPTS if reached else Verdict.SMALL
+        if reached:
+            return Verdict.PROMPTS
+        if evidence.rise > criteria.rising:
+            return Verdict.RISING
+        return Verdict.SUBTLE if evidence.size_mm > evidence.token_mm else Verdict.SMALL
     if train.auroc - test.auroc > criteria.gap and evidence.gap_low > 0:
         return Verdict.OVERFITS
     return Verdict.LEARNT
@@ -173,7 +189,7 @@ def _remarks(evidence: Evidence, verdict: Verdict, criteria: Criteria) -> list[s
                 "Lesions that are too small to see would look like this too; the review list "
                 "tells which it is."
             )
-    elif noise is not None and not noise.is_identified and verdict is Verdict.SMALL:
+    elif noise is not None and not noise.is_identified and verdict in _UNSEEN:
         remarks.append("The embeddings see too little of it to judge the labels.")
     if not np.isnan(evidence.size_mm):
         text = f"The median lesion measures {evidence.size_mm:.0f} mm"
@@ -182,7 +198,7 @@ def _remarks(evidence: Evidence, verdict: Verdict, criteria: Criteria) -> list[s
         if evidence.seen_larger_p < 0.01:
             text += "; the lesions that score high are larger than those that score low"
         remarks.append(text + ".")
-    if not np.isnan(evidence.agreement) and verdict in (Verdict.SMALL, Verdict.LABELS):
+    if not np.isnan(evidence.agreement) and verdict in (*_UNSEEN, Verdict.LABELS):
         remarks.append(
             f"Two reconstructions of a study agree with r = {evidence.agreement:.2f}: "
             + (
@@ -191,14 +207,16 @@ def _remarks(evidence: Evidence, verdict: Verdict, criteria: Criteria) -> list[s
                 else "the score is mostly noise of the image."
             )
         )
-    if len(evidence.curve) >= 3:
-        late = evidence.curve[-1] - evidence.curve[-1 - len(evidence.curve) // 3]
-        if late > 0.02:
-            remarks.append(f"Training AUROC is still rising ({late:+.2f} over the last third).")
-    elif verdict is Verdict.SMALL:
+    if evidence.rise > criteria.rising:
+        step = max(len(evidence.curve) // 3, 1)
+        remarks.append(
+            f"Training AUROC is still rising ({evidence.rise:+.2f} over the last "
+            f"{f'{step} checkpoints' if step > 1 else 'checkpoint'})."
+        )
+    elif np.isnan(evidence.rise) and verdict in _UNSEEN:
         remarks.append(
             "Without earlier checkpoints (--earlier), a training that stopped too soon can't be "
-            "told from a target that is too small."
+            "told from a target that can't be seen."
         )
     return remarks
 
@@ -208,6 +226,8 @@ def _fit(fit: SplitFit) -> str:
         return "not measurable"
     return f"{fit.auroc:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
 
+
+_UNSEEN = (Verdict.SMALL, Verdict.SUBTLE, Verdict.RISING)
 
 _ADVICE = {
     Verdict.LEARNT: "Nothing to mend; spend the effort elsewhere.",
@@ -220,6 +240,11 @@ _ADVICE = {
         "Next: finer spacing or smaller tokens, regional scoring with top-k pooling, and the curve "
         "of eval/lesion_size.py; more steps only help where training AUROC is still rising."
     ),
+    Verdict.SUBTLE: (
+        "Its lesions are larger than a token, so contrast rather than size is what the input "
+        "lacks. Next: a narrower window, finer spacing, regional scoring with top-k pooling."
+    ),
+    Verdict.RISING: "Next: train longer, and judge again once the curve is flat.",
     Verdict.PROMPTS: (
         "Next: other prompts or synonyms, sentence-level or opposite-sentence training; until "
         "then, use a linear probe."

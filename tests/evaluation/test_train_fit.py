@@ -1,6 +1,7 @@
 """Planted truth: every verdict where it belongs, on embeddings of known visibility."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -140,6 +141,48 @@ def test_sizes_and_agreement_are_told_in_the_paragraph():
     assert "score high are larger" in text
     assert "mostly noise" in text
     assert "still rising" in text
+
+
+def test_what_is_larger_than_a_token_is_subtle_and_a_rising_curve_means_train_on():
+    poor = Evidence(finding="x", train=fit(0.6), test=fit(0.6), token_mm=48.0)
+    assert judge(poor).verdict is Verdict.SMALL
+    assert "Without earlier checkpoints" in judge(poor).paragraph
+    assert judge(replace(poor, size_mm=50.0)).verdict is Verdict.SUBTLE
+    assert judge(replace(poor, size_mm=40.0)).verdict is Verdict.SMALL
+    flat = judge(replace(poor, size_mm=50.0, curve=(0.6, 0.6)))
+    assert flat.verdict is Verdict.SUBTLE
+    assert "Without earlier checkpoints" not in flat.paragraph
+    rising = judge(replace(poor, size_mm=50.0, curve=(0.5, 0.6)))
+    assert rising.verdict is Verdict.RISING
+    assert "train longer" in rising.paragraph
+
+
+def test_a_sample_holds_rare_findings_and_whole_patients():
+    rng = np.random.default_rng(0)
+    records = [
+        SimpleNamespace(
+            patient_id=f"p{patient}",
+            labels={"Emphysema": float(patient % 50 == 0), "Lung nodule": float(patient % 2)},
+        )
+        for patient in range(1000)
+        for _ in range(rng.integers(1, 3))
+    ]
+    kept = train_fit._sample(records, TrainFitConfig(sample=200))
+    names = [record.patient_id for record in kept]
+    assert 200 <= len(kept) < 203
+    assert all(names.count(n) == [r.patient_id for r in records].count(n) for n in set(names))
+    assert len({r.patient_id for r in kept if r.labels["Emphysema"]}) == 20  # every one there is
+
+
+def test_sizes_of_other_volumes_and_sizes_that_are_no_numbers_are_named(tmp_path):
+    path = tmp_path / "lesions.csv"
+    records = [SimpleNamespace(volume_id="v1")]
+    path.write_text("volume_id,finding,size_mm\nzzz,Lung nodule,4\n")
+    with pytest.raises(ValueError, match="none of its 1 lesions is of a volume and finding"):
+        train_fit._known_sizes(path, records)
+    path.write_text("volume_id,finding,size_mm\nv1,Lung nodule,4\nv1,Lung nodule,abc\n")
+    with pytest.raises(ValueError, match=r"lesions.csv line 3: size_mm is 'abc', expected"):
+        train_fit._known_sizes(path, records)
 
 
 def test_reconstructions_agree_only_beyond_the_label():
