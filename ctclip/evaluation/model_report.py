@@ -85,7 +85,8 @@ def run(
     """The command.
 
     Writes ``report.html``, ``card.md``, ``results.json``, ``auc.csv``, ``comparisons.csv``,
-    ``subgroups.csv``, ``thresholds.csv``, ``uncertain.csv`` and the figures into ``out``.
+    ``calibration.csv``, ``thresholds.csv``, ``subgroups.csv``, ``uncertain.csv`` and the figures
+    into ``out``.
 
     Args:
         paths: Score files; see :mod:`ctclip.evaluation.importers`.

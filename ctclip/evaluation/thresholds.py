@@ -130,7 +130,14 @@ def from_development(table: ScoreTable, rule: Rule = "youden") -> dict[str, floa
 
 
 def optimistic(table: ScoreTable) -> dict[str, float]:
-    """CT-CLIP's thresholds, picked on the very cases that they are then judged on."""
+    """CT-CLIP's thresholds, picked on the very cases that they are then judged on.
+
+    Its grid is one of probabilities; other scores get the same rule on their own values.
+    """
+    known = table.scores[~np.isnan(table.scores)]
+    are_probabilities = bool(len(known)) and 0 <= known.min() <= known.max() <= 1
+    if not are_probabilities:
+        return from_development(table, "corner")
     return {
         finding: choose_like_ct_clip(table.labels[:, k], table.scores[:, k])
         for k, finding in enumerate(table.findings)

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from score_tables import cohort
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, precision_score
 
 from ctclip.evaluation import thresholds
@@ -51,3 +54,13 @@ def test_weighted_f1_flatters_a_model_that_never_finds_a_rare_disease():
     point = thresholds.at(labels, np.zeros(100), 0.5)
     assert point.f1_weighted > 0.9
     assert point.f1 == 0.0
+
+
+def test_optimistic_thresholds_of_scores_that_are_no_probabilities_lie_between_them():
+    """CT-CLIP's grid from 0 to 1 has no point between logits around -50."""
+    table = cohort(200, separation=3.0)
+    logits = replace(table, scores=table.scores - 50)
+    for k, threshold in enumerate(thresholds.optimistic(logits).values()):
+        point = thresholds.at(logits.labels[:, k], logits.scores[:, k], threshold)
+        assert point.sensitivity > 0.85
+        assert point.specificity > 0.85
