@@ -125,3 +125,39 @@ def test_a_case_without_a_score_is_not_one_without_a_label():
     assert (found[0].unknown, found[0].unscored) == (40, 50)
     assert (found[1].unknown, found[1].unscored) == (0, 200)
     assert found[1].note == "no scores: not measured"
+
+
+def test_intervals_of_average_precision_hold_the_truth():
+    """Macro over 18 findings of 100 patients: its percentiles hold the truth in a third of sets."""
+    rng = np.random.default_rng(0)
+    shift = 1.19  # AUROC 0.8
+    big = rng.random(400_000) < 0.2
+    truth = average_precision_score(big, rng.normal(size=len(big)) + shift * big)
+    held, single = 0, []
+    for seed in range(60):
+        labels = (rng.random((100, 18)) < 0.2).astype(float)
+        names = np.array([f"v{i}" for i in range(100)])
+        table = ScoreTable(
+            volume_id=names, study_id=names, patient_id=names, split=np.full(100, "test"),
+            findings=tuple(f"f{k}" for k in range(18)), labels=labels,
+            scores=rng.normal(size=labels.shape) + shift * labels,
+        )  # fmt: skip
+        found = metrics.evaluate(table, replicates=200, seed=seed)
+        low, high = (found.macro[f"average_precision_{end}"] for end in ("low", "high"))
+        held += low <= truth <= high
+        single += [
+            f.average_precision_low <= truth <= f.average_precision_high for f in found.findings
+        ]
+    assert held >= 51  # 95 % of 60 is 57
+    assert np.mean(single) > 0.93
+
+
+def test_an_interval_of_average_precision_stays_within_its_bounds():
+    assert np.isnan(metrics.average_precision_interval(0.5, np.empty(0), 30)).all()
+    low, high = metrics.average_precision_interval(1.0, np.ones(200), 10)
+    assert low == pytest.approx(0.692, abs=1e-3)  # Clopper-Pearson, 10 of 10
+    assert high == 1.0
+    low, high = metrics.average_precision_interval(
+        0.97, np.random.default_rng(0).beta(9, 1, 500), 5
+    )
+    assert 0 < low < 0.97 <= high <= 1
