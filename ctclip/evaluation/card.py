@@ -81,6 +81,7 @@ def write(
             f"minus {macro['auroc_a']:.3f} = {macro['difference']:+.4f} [{macro['low']:+.4f}, "
             f"{macro['high']:+.4f}], p = {macro['p']:.2g}; a difference of "
             f"{macro['detectable']:.4f} would be seen in 80 % of samples like this one.",
+            "",
         ]
         clear = frame[(frame["p_holm"] < 0.05) & (frame["finding"] != "macro")]
         for row in clear.itertuples():

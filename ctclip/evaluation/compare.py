@@ -97,8 +97,8 @@ def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     if not common:
         raise ComparisonError(
             f"{' and '.join(table.name for table in tables)} have no case in common; "
-            f"{first.name} starts with {first.volume_id[0]!r}, "
-            f"{tables[1].name} with {tables[1].volume_id[0]!r}"
+            f"{first.name} starts with {str(first.volume_id[0])!r}, "
+            f"{tables[1].name} with {str(tables[1].volume_id[0])!r}"
         )
     order = [name for name in first.volume_id.tolist() if name in common]
     aligned: list[ScoreTable] = []
