@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ctclip.evaluation import metrics
+from ctclip.evaluation import bootstrap, metrics
 
 Kind = Literal["linear", "classfine"]
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -126,6 +126,8 @@ def few_shot(
     test_labels: np.ndarray,
     findings: Sequence[str],
     *,
+    test_patient_id: np.ndarray | None = None,
+    replicates: int = 1000,
     shots: Sequence[int | None] = SHOTS,
     repeats: int = 20,
     seed: int = 0,
@@ -139,16 +141,23 @@ def few_shot(
         test_vectors: ``(M, E)``.
         test_labels: ``(M, K)``.
         findings: ``K`` names.
+        test_patient_id: ``(M,)`` for intervals that resample patients; by default every case is
+            one of its own.
+        replicates: Bootstrap replicates of the test patients.
         shots: Cases of each class; ``None`` takes all, once.
         repeats: Draws of the few cases.
         seed: Of the draws.
         kind: See the module.
 
     Returns:
-        Columns ``finding, shots, repeats, auroc, low, high``: mean over the draws and the range
-        that holds 95 % of them. Findings with too few cases for a size are absent there.
+        Columns ``finding, shots, repeats, auroc, low, high, draws_low, draws_high``: mean over the
+        draws; its 95 % interval for the AUROC of one probe so trained, over draws of the few and
+        of the test patients at once; and the range that holds 95 % of the draws on these patients.
+        Findings with too few cases for a size are absent there.
     """
     rng = np.random.default_rng(seed)
+    patients = np.arange(len(test_labels)) if test_patient_id is None else test_patient_id
+    draws = bootstrap.draw(patients, replicates, seed)
     rows = []
     for k, finding in enumerate(findings):
         positive = np.flatnonzero(train_labels[:, k] == 1.0)
@@ -156,7 +165,7 @@ def few_shot(
         for size in shots:
             if min(len(positive), len(negative)) < (size or 2):
                 continue
-            areas = []
+            logits = []
             for _ in range(repeats if size else 1):
                 if size is None:
                     chosen = np.concatenate([positive, negative])
@@ -166,8 +175,17 @@ def few_shot(
                     )
                 present = train_labels[chosen, k] == 1.0
                 probe = fit(train_vectors[chosen], present, 1e-2, kind)
-                areas.append(metrics.auroc(test_labels[:, k], probe.logits(test_vectors)))
-            low, high = np.quantile(areas, (0.025, 0.975)) if size else (np.nan, np.nan)
+                logits.append(probe.logits(test_vectors))
+            scores, label = np.stack(logits, axis=1), test_labels[:, [k] * len(logits)]
+            areas = [metrics.auroc(label[:, 0], column) for column in scores.T]
+            spread = bootstrap.replicate(draws, label, scores)
+            if size is None:
+                low, high = metrics.auroc_interval(
+                    label[:, 0], scores[:, 0], patients, spread[:, 0]
+                )
+            else:
+                low, high = bootstrap.interval(spread.ravel())
+            draws_low, draws_high = np.quantile(areas, (0.025, 0.975)) if size else [np.nan] * 2
             rows.append(
                 {
                     "finding": finding,
@@ -176,9 +194,12 @@ def few_shot(
                     "auroc": float(np.mean(areas)),
                     "low": float(low),
                     "high": float(high),
+                    "draws_low": float(draws_low),
+                    "draws_high": float(draws_high),
                 }
             )
-    return pd.DataFrame(rows, columns=["finding", "shots", "repeats", "auroc", "low", "high"])
+    columns = ["finding", "shots", "repeats", "auroc", "low", "high", "draws_low", "draws_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _cross(

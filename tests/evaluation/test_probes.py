@@ -59,3 +59,19 @@ def test_more_cases_make_better_probes(train, kind):
     assert areas == sorted(areas)
     assert areas[-1] > 0.9
     assert found["low"][0] < found["auroc"][0] < found["high"][0]
+
+
+def test_few_shot_intervals_hold_the_sampling_of_the_test_patients(train):
+    """All cases make one probe, whose AUROC is still known from these test patients only."""
+    areas, found = [], None
+    for seed in range(12):
+        test = planted.table(60, separation=np.r_[2.0, np.zeros(17)], seed=100 + seed)
+        found = probes.few_shot(
+            train.vectors, train.labels[:, 1:2], test.vectors, test.labels[:, :1], FINDINGS[:1],
+            test_patient_id=np.asarray(test.patient_id), shots=(4, None), repeats=4,
+        )  # fmt: skip
+        areas.append(found["auroc"][1])
+    assert found["low"][1] < found["auroc"][1] < found["high"][1]
+    assert found["high"][1] - found["low"][1] > 2 * np.std(areas)
+    assert found["low"][0] < found["draws_low"][0]
+    assert found["draws_high"].isna().tolist() == [False, True]
