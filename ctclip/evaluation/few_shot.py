@@ -57,7 +57,8 @@ def run(
         raise ValueError(f"patient {min(shared)!r} is in {train} and in {test}")
     found = probes.few_shot(
         left.vectors, left.labels, right.vectors, right.labels, FINDINGS,
-        repeats=config.repeats, seed=config.seed, kind=config.kind,
+        test_patient_id=np.asarray(right.patient_id), repeats=config.repeats, seed=config.seed,
+        kind=config.kind,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     found.to_csv(folder / "few_shot.csv", index=False)
@@ -67,12 +68,19 @@ def run(
     wide = found.pivot_table(index="finding", columns="shots", values="auroc", sort=False)
     section = Section(
         title="AUROC against cases of each class",
-        figures=[Picture(image=chart, caption="Mean over draws; band: 95 % of the draws.")],
+        figures=[
+            Picture(
+                image=chart,
+                caption="Mean over draws of the few cases; band: 95 % interval of one probe, "
+                "over draws and test patients.",
+            )
+        ],
         frames=[wide.reset_index()],
     )
     report.Report(
         title=f"Few-shot probes ({config.kind})", facts=left.provenance, sections=[section]
     ).write(folder / "few_shot.html")
+    report.print_frame("AUROC against cases of each class", wide.reset_index())
     logger.info("few-shot curves: %s", folder / "few_shot.html")
     return found
 

@@ -292,6 +292,10 @@ def write(
     report.Report(
         title="How small can it see", facts={"checkpoint": checkpoint[:12]}, sections=[section]
     ).write(folder / "lesion_size.html")
+    report.print_frame(
+        "Detection against diameter",
+        found[["kind", "diameter_mm", "nodules", "auroc", "auroc_low", "auroc_high", "shift"]],
+    )
     logger.info("curve: %s", folder / "lesion_size.html")
 
 

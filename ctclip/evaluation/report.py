@@ -202,6 +202,22 @@ def print_evaluation(evaluation: metrics.Evaluation) -> None:
     )
 
 
+def print_frame(title: str, frame: pd.DataFrame) -> None:
+    """A command's result in the terminal, numbers to three digits; names aren't cut."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, (name, column) in enumerate(frame.items()):
+        is_number = pd.api.types.is_numeric_dtype(column)
+        table.add_column(str(name), justify="right" if is_number else "left", no_wrap=index == 0)
+    for row in frame.itertuples(index=False):
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row]
+        table.add_row(*("–" if cell == "nan" else cell for cell in cells))
+    Console().print(table)
+
+
 def print_scores(scores: Mapping[str, float], development: Mapping[str, float]) -> None:
     """The scores of one scan in the terminal, highest first, and how far to trust them.
 

@@ -152,6 +152,8 @@ def write(
     report.Report(title=f"Label audit of {config.split}", sections=sections).write(
         folder / "review.html"
     )
+    shown = _rates_frame(found)[["finding", "probe AUROC", "wrong", "missed", "cleanlab flags"]]
+    report.print_frame(f"Label audit of {config.split}", shown)
     logger.info(
         "review list: %s (%d labels probably wrong, %d more that differ from the report)",
         folder / "review.csv", wrong, total - wrong,

@@ -306,6 +306,8 @@ def write(
     report.Report(title="Fit to the training set", facts=facts, sections=sections).write(
         folder / "train_fit.html"
     )
+    brief = shown["verdict"].str.replace(r"^not even fitted: | for this input$", "", regex=True)
+    report.print_frame("Fit to the training set (AUROC)", shown.assign(verdict=brief))
     logger.info("verdicts: %s", folder / "train_fit.html")
 
 

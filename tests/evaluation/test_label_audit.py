@@ -92,9 +92,12 @@ def test_cleaning_brings_labels_nearer_to_the_truth(case):
     assert np.isnan(cleaned[5, EMPHYSEMA])
 
 
-def test_a_review_is_written_filled_and_applied(case, tmp_path):
+def test_a_review_is_written_filled_and_applied(case, tmp_path, capsys):
     truth, table, _, found = case
     review.write(found, tmp_path, review.ReviewConfig())
+    printed = capsys.readouterr().out
+    assert "Emphysema" in printed
+    assert "missed" in printed
     assert "labelling error" in (tmp_path / "review.html").read_text()
     rows = pd.DataFrame(
         {

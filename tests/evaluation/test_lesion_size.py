@@ -87,7 +87,7 @@ def test_the_smallest_seen_diameter_has_no_miss_above_it(areas, smallest):
     assert np.isnan(found) if smallest is None else found == smallest
 
 
-def test_results_are_written_and_few_scans_are_called_few(tmp_path):
+def test_results_are_written_and_few_scans_are_called_few(tmp_path, capsys):
     planted = pd.DataFrame(
         {
             "volume": ["a", "b"] * 2, "kind": "solid", "diameter_mm": [5.0, 5.0, 9.0, 9.0],
@@ -97,6 +97,7 @@ def test_results_are_written_and_few_scans_are_called_few(tmp_path):
     config = LesionSizeConfig(diameters_mm=(5.0, 9.0), kinds=("solid",), replicates=250)
     found = lesion_size.curve(planted, config)
     lesion_size.write(planted, found, ["c: no lungs found"], tmp_path, "f" * 64, config)
+    assert "auroc_low" in capsys.readouterr().out
     text = (tmp_path / "lesion_size.html").read_text()
     assert "Only 2 scans" in text
     assert "Left out: c: no lungs found" in text

@@ -81,8 +81,9 @@ def test_the_other_diseases_are_learnt(judged):
     assert [j.verdict for j in judged[5:]] == [Verdict.LEARNT] * 13
 
 
-def test_a_page_a_figure_and_tables_are_written(judged, tmp_path):
+def test_a_page_a_figure_and_tables_are_written(judged, tmp_path, capsys):
     train_fit.write(judged, tmp_path, {"checkpoint": "abc"})
+    assert "labels suspect" in capsys.readouterr().out
     frame = pd.read_csv(tmp_path / "verdicts.csv")
     assert len(frame) == 18
     text = (tmp_path / "train_fit.html").read_text()

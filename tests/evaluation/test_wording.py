@@ -100,7 +100,7 @@ def test_styles_need_reports_or_a_truth(tmp_path):
         styles.run("model.safetensors", "cohort", tmp_path)
 
 
-def test_few_shot_scores_enter_the_report_like_any_model(tmp_path):
+def test_few_shot_scores_enter_the_report_like_any_model(tmp_path, capsys):
     from ctclip.evaluation import few_shot
     from ctclip.evaluation.few_shot import FewShotConfig
 
@@ -112,6 +112,7 @@ def test_few_shot_scores_enter_the_report_like_any_model(tmp_path):
     test.save(tmp_path / "test.parquet")
     paths = (tmp_path / "train.parquet", tmp_path / "test.parquet", tmp_path / "out")
     found = few_shot.run(*paths, FewShotConfig(repeats=3))
+    assert "Lung nodule" in capsys.readouterr().out
     assert set(found["finding"]) == set(FINDINGS[:2])
     from ctclip.evaluation.scores import ScoreTable
 
