@@ -315,6 +315,11 @@ class CTViT(nn.Module):
         """Recompute stem and blocks in backward instead of keeping their activations."""
         self.grad_checkpointing = enable
 
+    def compile_blocks(self) -> None:
+        """``torch.compile`` each block in place."""
+        for block in (*self.spatial, *self.temporal):
+            block.compile()
+
     def continuous_tokens(self, image: Tensor) -> Tensor:
         """Tokens ``(B, t, h, w, M)`` before the codebook.
 

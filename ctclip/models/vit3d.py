@@ -306,6 +306,11 @@ class ViT3D(nn.Module):
         """Recompute each block in backward instead of keeping its activations."""
         self.grad_checkpointing = enable
 
+    def compile_blocks(self) -> None:
+        """``torch.compile`` each block in place: whichever way a volume is read, it passes them."""
+        for block in self.blocks:
+            block.compile()
+
     def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Run the transformer.
 

@@ -75,7 +75,7 @@ class EngineConfig:
 
     activation_checkpointing: bool = False
     compile: bool = False
-    """torch.compile the volume tower. Pays on a GPU; on a CPU it costs a minute and gains 5 %."""
+    """torch.compile the volume tower's blocks. Wants a C++ compiler and a minute at the start."""
 
 
 OURS = {

@@ -335,7 +335,7 @@ class _Job:
         if config.optim.volume_lr_scale == 0.0:
             freeze(model.visual)
         if config.engine.compile:
-            model.visual.compile()
+            model.visual.compile_blocks()
 
         source = _checkpoint_to_load(checkpoint, settings, out)
         engine = optim.start_engine(

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -162,6 +163,22 @@ def test_the_own_tower_compiles_without_a_graph_break():
     compiled = torch.compile(model.encode_image, fullgraph=True, backend="eager")
 
     torch.testing.assert_close(compiled(IMAGE), model.encode_image(IMAGE))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants g++ on a CPU")
+def test_training_reads_volumes_through_the_compiled_blocks(model):
+    from torch._dynamo.utils import counters
+
+    expected = model.encode_image_readouts(IMAGE)["prompt"]
+    torch._dynamo.reset()
+    counters.clear()
+    model.visual.compile_blocks()
+
+    torch.testing.assert_close(model.encode_image_readouts(IMAGE)["prompt"], expected)
+
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
 
 
 def test_autocast_takes_volumes_of_any_short_float(model):

@@ -1,12 +1,17 @@
 """Each way to compute and to shard a run either trains the same, or is refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from training_runs import Run, column, losses_of, pretrain, weights_of
 
+COMPILED = (
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants g++ on a CPU"),
+)
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
@@ -26,7 +31,7 @@ def plain(cohort, tmp_path_factory):
         (2, 2, {"deepspeed": str(CONFIGS / "zero2.json")}),
         (2, 2, {"deepspeed": str(CONFIGS / "zero2_offload.json")}),
         (2, None, {"deepspeed": str(CONFIGS / "zero3.json")}),
-        pytest.param(1, 2, {"compile": True}, marks=pytest.mark.slow),
+        pytest.param(1, 2, {"compile": True}, marks=COMPILED),
     ],
     ids=["checkpointing", "zero1", "zero2", "zero2-offload", "zero3", "compile"],
 )
