@@ -112,7 +112,7 @@ def test_few_shot_scores_enter_the_report_like_any_model(tmp_path, capsys):
     test.save(tmp_path / "test.parquet")
     paths = (tmp_path / "train.parquet", tmp_path / "test.parquet", tmp_path / "out")
     found = few_shot.run(*paths, FewShotConfig(repeats=3))
-    assert "Lung nodule" in capsys.readouterr().out
+    assert "AUROC against cases of each class" in capsys.readouterr().out
     assert set(found["finding"]) == set(FINDINGS[:2])
     from ctclip.evaluation.scores import ScoreTable
 
