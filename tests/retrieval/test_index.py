@@ -178,6 +178,24 @@ def test_an_approximate_index_is_bypassed_where_a_filter_leaves_few(place):
     assert np.mean(recalls) >= 0.99
 
 
+def test_an_approximate_index_that_misses_neighbours_gives_way_to_an_exact_one(
+    place, monkeypatch, caplog
+):
+    monkeypatch.setattr("ctclip.retrieval.index.HNSW_BUILD", {"M": 4, "efConstruction": 8})
+    monkeypatch.setattr("ctclip.retrieval.index.HNSW_EF", (10,))
+    rng = np.random.default_rng(0)
+    noise = np.stack([unit(row) for row in rng.normal(size=(2000, 256)).astype(np.float32)])
+    table = replace(archive_table(2000), vectors=noise)
+    oracle = MemoryArchive(table)
+
+    with MilvusArchive.build(**place, table=table, index="HNSW") as archive:
+        assert archive.index == "FLAT"
+        for row in range(10):
+            query = Query(vector=noise[row])
+            assert outcome(archive.search(query)) == outcome(oracle.search(query))
+    assert "is searched exactly" in caplog.text
+
+
 def test_inserting_twice_doubles_nothing_and_updates_what_changed(place):
     table = archive_table(40)
     changed = replace(table, fields={**table.fields, "sex": ["F"] * 40})
