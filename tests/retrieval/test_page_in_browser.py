@@ -162,6 +162,18 @@ def test_window_plane_heat_map_and_case_follow_the_keyboard(tab):
     assert tab.evaluate("document.activeElement.id") == "text"
 
 
+def test_both_viewers_go_to_a_finding_and_stay_together(tab):
+    search_study(tab)
+    tab.evaluate("page.before = String(page.viewers.position())")
+
+    tab.click("#bars li >> nth=3 >> button")
+
+    until(tab, "String(page.viewers.position()) !== page.before")
+    assert position(tab, "case") == pytest.approx(position(tab, "query"), abs=1e-6)
+    tab.keyboard.press("ArrowUp")
+    assert position(tab, "case") == pytest.approx(position(tab, "query"), abs=1e-6)
+
+
 def test_a_text_finds_cases_and_has_a_permanent_link(tab, address):
     tab.fill("#text", "bilateral pleural effusion with compressive atelectasis")
     tab.keyboard.press("Enter")

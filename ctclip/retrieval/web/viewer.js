@@ -66,7 +66,8 @@ class Viewers {
     await nv.addVolumeFromUrl({ url, colormap: "warm", opacity: 0.5, cal_min: 80, cal_max: 255 });
   }
 
-  // Go to where a side's heat-map is hottest: its key slice for the finding.
+  // Both views go to where a side's heat-map is hottest: its key slice for the finding.
+  // NiiVue's own sync() does nothing while the focus is elsewhere, as it is here.
   goToHottest(side) {
     const nv = this.view[side];
     if (!nv || nv.volumes.length < 2) return;
@@ -75,9 +76,11 @@ class Viewers {
     const at = img.indexOf(img.reduce((most, value) => Math.max(most, value), 0));
     const [i, j, k] = [at % width, Math.floor(at / width) % height, Math.floor(at / (width * height))];
     // files run towards left, posterior and superior; NiiVue's fractions towards right, anterior, superior
-    nv.scene.crosshairPos = [1 - (i + 0.5) / width, 1 - (j + 0.5) / height, (k + 0.5) / depth];
-    nv.drawScene();
-    nv.sync();
+    const hottest = [1 - (i + 0.5) / width, 1 - (j + 0.5) / height, (k + 0.5) / depth];
+    for (const view of Object.values(this.view)) {
+      view.scene.crosshairPos = [...hottest];
+      view.drawScene();
+    }
   }
 
   setWindow(name) {
