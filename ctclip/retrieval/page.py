@@ -7,6 +7,7 @@ sites are refused: by their ``Host``, and by a header that only our own script s
 import asyncio
 import hmac
 import logging
+import math
 import secrets
 import tempfile
 import threading
@@ -308,13 +309,19 @@ def _guard(app: FastAPI, config: ServeConfig) -> None:
             await asyncio.sleep(0.5)  # guessing should take long
             return _problem(401, "token", "this is not the token")
         response = JSONResponse({"ok": True})
-        response.set_cookie(COOKIE, given, httponly=True, samesite="strict")
+        if config.token:
+            response.set_cookie(COOKIE, given, httponly=True, samesite="strict")
         return response
 
     @app.middleware("http")
     async def check(request: Request, call_next: Next) -> Response:
         refusal = _refusal(request, config, hosts)
-        response = refusal or await call_next(request)
+        try:
+            response = refusal or await call_next(request)
+        except Exception as error:
+            # Left alone, the server would log it with a traceback that may hold what was asked.
+            logger.error("answering failed: %s", type(error).__name__)
+            response = _problem(500, "failed", "the service failed to answer; its log says how")
         for name, value in SECURITY_HEADERS.items():
             response.headers[name] = value
         if request.url.path.startswith("/web/"):
@@ -361,11 +368,20 @@ async def _json(request: Request) -> dict[str, Any]:
         if len(body) > MAX_QUESTION_BYTES:
             raise HTTPException(413, "the question is too long")
     try:
-        value = json.loads(body or b"{}")
+        value = json.loads(body or b"{}", parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise HTTPException(400, "the question holds half a character; type it anew") from None
     except (ValueError, RecursionError):
-        raise HTTPException(400, "the body is not JSON") from None
+        raise HTTPException(400, "the body is not JSON with finite numbers") from None
     if not isinstance(value, dict):
         raise HTTPException(400, "expected a JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("not finite")
     return value
 
 

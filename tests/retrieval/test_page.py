@@ -242,6 +242,46 @@ def test_a_bad_question_is_refused_with_its_reason(client, question, reason):
     assert reason in answer.json()["detail"]
 
 
+HALF = "\\ud800"
+STUDY = '{"study": "phantom_00003_a", "where": '
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (STUDY + '{"hospital": ["SECRET"], "age": [0, Infinity]}}', "finite numbers"),
+        (STUDY + '{"hospital": ["SECRET"], "age": [0, 1e400]}}', "finite numbers"),
+        (STUDY + '{"age": [NaN, 90]}}', "finite numbers"),
+        (STUDY + '{"age": [0, 1' + 400 * "0" + "]}}", "age"),
+        (STUDY + f'{{"hospital": ["{HALF}"]}}}}', "half a character"),
+        (STUDY + f'{{"date": ["{HALF}", "2020"]}}}}', "half a character"),
+        (f'{{"text": "{HALF}"}}', "half a character"),
+        (f'{{"study": "{HALF}"}}', "half a character"),
+        (f'{{"{HALF}": 1}}', "half a character"),
+    ],
+)
+def test_numbers_and_characters_that_nothing_can_hold_are_refused(client, body, reason):
+    answer = client.post("/api/search", content=body)
+
+    assert answer.status_code == 400
+    assert reason in answer.json()["detail"]
+    assert client.post("/login", content=f'{{"token": "{HALF}"}}').status_code == 400
+
+
+def test_a_failure_is_logged_without_what_was_asked(client, service, monkeypatch, caplog):
+    def broken(question):
+        raise RuntimeError(f"no plan for {question}")
+
+    monkeypatch.setattr(service, "ask", broken)
+    with caplog.at_level("DEBUG"):
+        answer = ask(client, text="Jane", where={"hospital": ["SECRET"]})
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "failed")
+    assert "answering failed: RuntimeError" in caplog.messages
+    assert "SECRET" not in caplog.text + answer.text
+    assert "Traceback" not in caplog.text
+
+
 def test_handles_that_name_nothing_are_not_found(client, archive):
     table, _ = page_service.table_and_cohort(*archive)
     handle = ask(client, study=table.study_id[0], k=2).json()["id"]
