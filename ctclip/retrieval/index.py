@@ -128,8 +128,7 @@ class MilvusArchive:
             name: The archive's name within the store.
             token: The server's ``user:password``.
         """
-        if table.kind != "volume":
-            raise EmbeddingError("only volumes are searched; this is a table of reports")
+        _require_volumes(table)
         reference = Reference.of(table)
         client = _connect(str(uri), token)
         try:
@@ -312,8 +311,9 @@ class MilvusArchive:
         """Add volumes, or replace those of the same identifier; durable when it returns.
 
         Raises:
-            EmbeddingError: If the table is of another model, or carries other fields.
+            EmbeddingError: If the table is of reports, of another model, or carries other fields.
         """
+        _require_volumes(table)
         table.require_same_space(self.provenance)
         if list(table.fields) != self.fields or (table.scores is not None) != self.has_scores:
             raise EmbeddingError(
@@ -430,6 +430,14 @@ class MilvusArchive:
         self.transform = Transform.from_bytes(base64.b64decode(packed)) if packed else None
 
 
+def _require_volumes(table: EmbeddingTable) -> None:
+    if table.kind != "volume":
+        raise EmbeddingError(
+            "only volumes are searched; this is a table of reports: give table=volumes.parquet, "
+            "and reports=reports.parquet beside it when building"
+        )
+
+
 def _is_file(uri: str) -> bool:
     return "://" not in uri
 
@@ -509,7 +517,7 @@ def _create_collection(
     for field in header["fields"]:
         schema.add_field(field_column(field), DataType.VARCHAR, max_length=65_535)
     if "age" in header["fields"]:
-        schema.add_field(AGE_COLUMN, DataType.FLOAT)
+        schema.add_field(AGE_COLUMN, DataType.DOUBLE)
     for finding in FINDINGS:
         schema.add_field(label_column(finding), DataType.INT8)
     if header["has_scores"]:

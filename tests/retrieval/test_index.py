@@ -37,7 +37,7 @@ def archive_table(num_rows=NUM_ROWS):
         volumes_per_patient=4,
         fields={
             "sex": [str(value) for value in rng.choice(["F", "M", ""], num_rows)],
-            "age": ["" if row % 11 == 0 else str(row % 90) for row in range(num_rows)],
+            "age": ["" if row % 11 == 0 else f"{row % 90}.{row % 3}" for row in range(num_rows)],
             "date": ["" if row % 7 == 0 else f"20{row % 20 + 10}-05-01" for row in range(num_rows)],
             "hospital": [str(value) for value in rng.choice(['St. "Q"', "B\\C", "Ü"], num_rows)],
             "report": [f"text {row}" for row in range(num_rows)],
@@ -95,6 +95,7 @@ FILTERS = {
     "unknown": Filter(unknown=("Lung nodule",)),
     "sex": Filter(sex="F"),
     "age": Filter(age=(20, 40)),
+    "age with decimals": Filter(age=(20.1, 40.7)),
     "age from below zero": Filter(age=(-5, 3)),
     "date": Filter(date=("2012-01-01", "2020-12-31")),
     "hospital with quotes": Filter(hospital=('St. "Q"',)),
@@ -214,6 +215,11 @@ def test_tables_of_another_model_or_other_fields_are_refused(place):
             archive.insert(replace(table, provenance={**table.provenance, "checkpoint": "b"}))
         with pytest.raises(EmbeddingError, match="carries the fields"):
             archive.insert(replace(table, fields={}))
+        with pytest.raises(EmbeddingError, match="table of reports"):
+            archive.insert(replace(table, kind="report", vectors=-table.vectors))
+        np.testing.assert_array_equal(
+            archive.rows(volume_id="p0_a_1").vectors[0], table.vectors[table.row_of("p0_a_1")]
+        )
         with pytest.raises(EmbeddingError, match="don't belong together"):
             archive.project(table.vectors[0], {"checkpoint": "b"})
 
