@@ -59,10 +59,9 @@ def save_pretrained(
     if loaded.head is not None:
         header["head"] = {"findings": list(loaded.head.findings), "relu": loaded.head.relu}
         _write_weights(folder / FOLDER_HEAD, loaded.head.state_dict())
-    if loaded.model_config.vision.readouts == 1:
-        source = repo_id or str(folder.resolve())
-        content["model_cfg"] = adapter.to_open_clip(loaded.model_config, source)
-        content["preprocess_cfg"] = {}
+    source = repo_id or str(folder.resolve())
+    content["model_cfg"] = adapter.to_open_clip(loaded.model_config, source)
+    content["preprocess_cfg"] = {}
     _write_weights(folder / FOLDER_WEIGHTS, adapter.from_ctclip(merged_state_dict(loaded.model)))
     _write(folder / "config.json", json.dumps(header["text_hf_config"], indent=2))
     _write(folder / "tokenizer.json", tokenizer)
@@ -119,16 +118,14 @@ def model_card(loaded: Checkpoint, name: str, licence: str | None = None) -> str
         for key, value in sorted(known.items())
         if isinstance(value, str | int | float | bool) and key != "label_informed"
     )
-    opens_in_open_clip = config.vision.readouts == 1
-    open_clip_use = "\nopen_clip can't build it: the tower has two read-outs.\n"
-    if opens_in_open_clip:
-        open_clip_use = f"""
-In open_clip, after `import ctclip.models.open_clip`: `create_model("hf-hub:{name}")`, or
-`create_model("local-dir:...")` for a folder that still lies where it was saved.
-"""
+    readout = ""
+    if config.vision.readouts == 2:
+        readout = (
+            " Its `encode_image` gives what prompts are\ncompared with, not the reports' read-out."
+        )
     return f"""---
 license: {licence or _licence(known)}
-library_name: {"open_clip" if opens_in_open_clip else "ctclip"}
+library_name: open_clip
 pipeline_tag: zero-shot-image-classification
 tags: [ctclip, chest-ct, contrastive, 3d]
 ---
@@ -143,7 +140,10 @@ from ctclip import hub
 
 model = hub.from_pretrained("{name}")
 ```
-{open_clip_use}
+
+In open_clip, after `import ctclip.models.open_clip`: `create_model("hf-hub:{name}")`, or
+`create_model("local-dir:...")` for a folder that still lies where it was saved.{readout}
+
 ## Model
 | | |
 |---|---|

@@ -63,15 +63,13 @@ def register_file(path: str | Path) -> str:
 
 
 def to_open_clip(config: ModelConfig, text_source: str) -> dict[str, Any]:
-    """Our config in open_clip's terms.
+    """Our config in open_clip's terms; of two read-outs its ``encode_image`` gives the prompts' one.
 
     Args:
         config: The model.
         text_source: Hugging Face name or directory of the BERT.
     """
     tower: VisionConfig | CTViTConfig = config.ctvit or config.vision
-    if isinstance(tower, VisionConfig) and tower.readouts != 1:
-        raise ValueError("open_clip knows one image embedding; set vision.readouts to 1")
     converted: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "vision_cfg": {

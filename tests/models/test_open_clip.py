@@ -86,9 +86,18 @@ def test_open_clips_patch_dropout_switch_reaches_the_tower():
     assert model.visual.trunk.patch_dropout == 0.5
 
 
-def test_two_read_outs_are_refused():
-    with pytest.raises(ValueError, match="one image embedding"):
-        adapter.register("two", ModelConfig(vision=VisionConfig(readouts=2)))
+def test_of_two_read_outs_open_clip_gives_what_prompts_are_compared_with():
+    vision = VisionConfig(size="tiny", width=48, depth=1, heads=2, patch=(4, 8, 8), readouts=2)
+    config = ModelConfig(embed_dim=12, vision=vision, text=TEXT)
+    adapter.register("two", config)
+    ours, theirs = build_model(config).eval(), open_clip.create_model("two").eval()
+
+    theirs.load_state_dict(adapter.from_ctclip(ours.state_dict()))
+
+    image = torch.rand(1, 1, 8, 16, 16)
+    readouts = ours.encode_image_readouts(image)
+    assert torch.equal(theirs.encode_image(image), readouts["prompt"])
+    assert not torch.equal(readouts["prompt"], readouts["report"])
 
 
 @pytest.mark.parametrize(
