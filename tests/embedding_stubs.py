@@ -71,6 +71,7 @@ class StubCohort:
             )
             for row in range(num_volumes)
         ]
+        self.checksums = {record.volume_id: row for row, record in enumerate(self.records)}
 
     def read(self, volume_id):
         if volume_id in self.unreadable:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,8 +50,9 @@ def embed_volumes(
     in its place here. It is named in the log and, with ``out``, in ``unreadable_volumes.jsonl``
     beside it.
 
-    With ``out``, rows that the file already holds are not computed again, and finished shards
-    survive a kill: calling again goes on where it was. Under ``torchrun`` or ``deepspeed`` the
+    With ``out``, rows that the file already holds of the same voxels are not computed again, and
+    finished shards survive a kill: calling again goes on where it was. Labels and fields are the
+    cohort's of now. Under ``torchrun`` or ``deepspeed`` the
     processes share the work and every one returns the whole table.
 
     Args:
@@ -83,6 +84,7 @@ def embed_volumes(
             "checkpoint's settings: ctclip-prepare --like <checkpoint>"
         )
     provenance = space_of(checkpoint)
+    content = {record.volume_id: f"{cohort.checksums[record.volume_id]:08x}" for record in records}
     model = checkpoint.model.to(device).eval()
 
     def embed(mine: "Sequence[VolumeRecord]") -> Iterator[EmbeddingTable]:
@@ -101,9 +103,10 @@ def embed_volumes(
                 hu = torch.stack([voxels for voxels in read if isinstance(voxels, torch.Tensor)])
                 with torch.inference_mode():
                     prompt, report = encode_batch(checkpoint, model, hu.to(device))
-                yield _rows(batch, prompt, report, "volume", provenance, fields)
+                yield _rows(batch, prompt, report, "volume", provenance, fields, content)
 
-    table = _share_out(records, embed, None if out is None else _Shards(out, provenance, fields))
+    shards = None if out is None else _Shards(out, provenance, fields, content)
+    table = _share_out(records, embed, shards)
     if table is None:
         raise EmbeddingError(f"none of the {len(records)} volumes to embed can be read")
     return table
@@ -152,6 +155,10 @@ def embed_reports(
         )
     digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
     provenance = {**space_of(checkpoint), "sections": sections, "texts": digest}
+    content = {
+        record.volume_id: hashlib.sha256(texts[study].encode()).hexdigest()[:16]
+        for study, record in studies.items()
+    }
 
     def embed(mine: "Sequence[VolumeRecord]") -> Iterator[EmbeddingTable]:
         starts = range(0, len(mine), batch_size)
@@ -159,9 +166,9 @@ def embed_reports(
             batch = mine[start : start + batch_size]
             wanted = [texts[record.study_id] for record in batch]
             vectors = embed_texts(checkpoint, wanted, batch_size=batch_size, device=device)
-            yield _rows(batch, vectors, None, "report", provenance, fields)
+            yield _rows(batch, vectors, None, "report", provenance, fields, content)
 
-    shards = None if out is None else _Shards(out, provenance, fields)
+    shards = None if out is None else _Shards(out, provenance, fields, content)
     table = _share_out(list(studies.values()), embed, shards)
     assert table is not None  # there is a text, and a text can't be unreadable
     return table
@@ -207,7 +214,18 @@ def _share_out(
 
     table = concatenate(done)
     row_of = {volume: row for row, volume in enumerate(table.volume_id)}
-    table = table.select([row_of[r.volume_id] for r in records if r.volume_id in row_of])
+    records = [record for record in records if record.volume_id in row_of]
+    table = table.select([row_of[record.volume_id] for record in records])
+    assert table.content is not None
+    table = _rows(  # what is said of a scan may have changed since it was embedded
+        records,
+        table.vectors,
+        table.report_vectors,
+        table.kind,
+        table.provenance,
+        list(table.fields),
+        dict(zip(table.volume_id, table.content, strict=True)),
+    )
     if shards:
         distributed.barrier()  # nobody deletes shards that another process is reading
         if distributed.is_main():
@@ -268,6 +286,7 @@ def _rows(
     kind: Kind,
     provenance: dict[str, str],
     fields: Sequence[str],
+    content: Mapping[str, str],
 ) -> EmbeddingTable:
     labels = [[record.labels.get(name, np.nan) for name in FINDINGS] for record in records]
     return EmbeddingTable(
@@ -281,6 +300,7 @@ def _rows(
         provenance=provenance,
         report_vectors=report,
         fields={name: [_field(record, name) for record in records] for name in fields},
+        content=[content[record.volume_id] for record in records],
     )
 
 
@@ -301,16 +321,22 @@ def _field(record: "VolumeRecord", name: str) -> str:
 
 
 class _Shards:
-    """The finished parts of an export: ``<out>.parts/<hash of the ids>.parquet``.
+    """The finished parts of an export: ``<out>.parts/<hash of the rows' content>.parquet``.
 
     A shard's name follows from its content, so writing it twice changes nothing, and processes
     of a restarted job may cut the work differently.
     """
 
-    def __init__(self, out: str | Path, provenance: dict[str, str], fields: Sequence[str]) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        provenance: dict[str, str],
+        fields: Sequence[str],
+        content: Mapping[str, str],
+    ) -> None:
         self.out = Path(out)
         self.folder = self.out.with_name(self.out.name + ".parts")
-        self.provenance, self.fields = provenance, list(fields)
+        self.provenance, self.fields, self.content = provenance, list(fields), content
 
     def read(self) -> list[EmbeddingTable]:
         paths = [self.out] if self.out.is_file() else []
@@ -327,10 +353,18 @@ class _Shards:
                     "delete it or choose another --out"
                 )
         texts = self.provenance.get("texts")  # shards of other texts are of no use
-        return [table for table in tables if table.provenance.get("texts") == texts]
+        usable = [table for table in tables if table.provenance.get("texts") == texts]
+        return [rows for rows in map(self._up_to_date, usable) if len(rows)]
+
+    def _up_to_date(self, table: EmbeddingTable) -> EmbeddingTable:
+        """The rows whose scan or text is still what it was; older tables don't say, hence none."""
+        was = table.content or [""] * len(table)
+        pairs = enumerate(zip(table.volume_id, was, strict=True))
+        return table.select([row for row, (id_, of) in pairs if self.content.get(id_) == of])
 
     def write(self, table: EmbeddingTable) -> EmbeddingTable:
-        key = "\n".join([self.provenance.get("texts", ""), *table.volume_id])
+        made_of = [self.provenance.get("texts", ""), *table.volume_id, *(table.content or [])]
+        key = "\n".join(made_of)
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         table.save(self.folder / f"{name}.parquet")
         return table

@@ -55,12 +55,17 @@ class EmbeddingTable:
     scores: np.ndarray | None = None
     """``(N, 18)`` float32 zero-shot probabilities, where somebody computed them."""
 
+    content: list[str] | None = None
+    """What each row was computed from, as a checksum: another means that the row is out of date."""
+
     transform: Transform | None = None
     """The centring or whitening that ``vectors`` went through, if any."""
 
     def __post_init__(self) -> None:
         num_rows = len(self.volume_id)
         columns = {"study_id": self.study_id, "patient_id": self.patient_id, "split": self.split}
+        if self.content is not None:
+            columns["content"] = self.content
         for name, column in {**columns, **self.fields}.items():
             if len(column) != num_rows:
                 raise EmbeddingError(f"{name} has {len(column)} rows, volume_id has {num_rows}")
@@ -122,6 +127,7 @@ class EmbeddingTable:
             report_vectors=None if self.report_vectors is None else self.report_vectors[index],
             scores=None if self.scores is None else self.scores[index],
             fields={name: pick(column) for name, column in self.fields.items()},
+            content=None if self.content is None else pick(self.content),
         )
 
     def of_split(self, split: str) -> "EmbeddingTable":
@@ -190,6 +196,8 @@ class EmbeddingTable:
             "split": pa.array(self.split, pa.string()),
             "vector": _vector_column(self.vectors),
         }
+        if self.content is not None:
+            columns["content"] = pa.array(self.content, pa.string())
         if self.report_vectors is not None:
             columns["report_vector"] = _vector_column(self.report_vectors)
         for index, finding in enumerate(FINDINGS):
@@ -253,6 +261,7 @@ class EmbeddingTable:
                 _matrix(table["report_vector"]) if "report_vector" in table.column_names else None
             ),
             fields={name.removeprefix("field:"): table[name].to_pylist() for name in fields},
+            content=table["content"].to_pylist() if "content" in table.column_names else None,
             scores=(
                 _finding_columns(table, "score")
                 if f"score:{FINDINGS[0]}" in table.column_names
@@ -310,6 +319,7 @@ def concatenate(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
         present = [matrix for matrix in matrices if matrix is not None]
         return np.concatenate(present) if present else None
 
+    contents = [t.content for t in tables if t.content is not None]
     joined = replace(
         first,
         volume_id=join([t.volume_id for t in tables]),
@@ -321,6 +331,7 @@ def concatenate(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
         report_vectors=stack([t.report_vectors for t in tables]),
         scores=stack([t.scores for t in tables]),
         fields={name: join([t.fields[name] for t in tables]) for name in first.fields},
+        content=join(contents) if len(contents) == len(tables) else None,
     )
     rows = {volume: row for row, volume in reversed(list(enumerate(joined.volume_id)))}
     return joined if len(rows) == len(joined) else joined.select(sorted(rows.values()))

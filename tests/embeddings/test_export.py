@@ -88,6 +88,54 @@ def test_a_cohort_that_grew_computes_only_what_is_new(tmp_path):
     np.testing.assert_allclose(table.vectors, expected_vectors(10), atol=1e-6)
 
 
+def test_a_scan_that_was_replaced_under_its_identifier_is_embedded_again(tmp_path):
+    class Replaced(StubCohort):
+        def read(self, volume_id):
+            return super().read(volume_id) + 7 * (volume_id == "p1_a_0")
+
+    checkpoint, out, cohort = StubCheckpoint(), tmp_path / "v.parquet", Replaced(6)
+    old = embed_volumes(checkpoint, StubCohort(6), out=out)
+    cohort.checksums["p1_a_0"] = 99
+
+    new = embed_volumes(checkpoint, cohort, out=out)
+
+    assert checkpoint.model.volumes_seen == 7
+    changed = np.flatnonzero((new.vectors != old.vectors).any(axis=1))
+    assert changed.tolist() == [2]
+    np.testing.assert_array_equal(EmbeddingTable.load(out).vectors, new.vectors)
+    embed_volumes(checkpoint, cohort, out=out)
+    assert checkpoint.model.volumes_seen == 7
+
+
+def test_an_export_that_does_not_say_what_it_was_made_of_is_made_again(tmp_path):
+    checkpoint, out = StubCheckpoint(), tmp_path / "v.parquet"
+    replace(embed_volumes(checkpoint, StubCohort(6), out=out), content=None).save(out)
+
+    embed_volumes(checkpoint, StubCohort(6), out=out)
+
+    assert checkpoint.model.volumes_seen == 12
+
+
+def test_corrected_labels_and_fields_reach_a_table_that_needs_no_embedding(tmp_path):
+    checkpoint, cohort = StubCheckpoint(), StubCohort(6)
+    volumes, reports = tmp_path / "v.parquet", tmp_path / "r.parquet"
+    embed_volumes(checkpoint, cohort, out=volumes)
+    embed_reports(checkpoint, cohort.records, out=reports)
+    for record in cohort.records:
+        record.labels, record.split = {"Emphysema": 1.0, "Atelectasis": 0.0}, "test"
+        record.meta["sex"] = "M"
+
+    embed_volumes(checkpoint, cohort, out=volumes)
+    embed_reports(StubCheckpoint(model=None), cohort.records, out=reports)
+
+    assert checkpoint.model.volumes_seen == 6
+    for path in (volumes, reports):
+        table = EmbeddingTable.load(path)
+        assert set(table.fields["sex"]) == {"M"}
+        assert set(table.split) == {"test"}
+        assert (table.labels == 1).sum() == (table.labels == 0).sum() == len(table)
+
+
 def test_a_patient_who_left_the_cohort_leaves_the_table(tmp_path):
     cohort, out = StubCohort(6), tmp_path / "v.parquet"
     embed_volumes(StubCheckpoint(), cohort, out=out)
