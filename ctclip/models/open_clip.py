@@ -63,7 +63,7 @@ def register_file(path: str | Path) -> str:
 
 
 def to_open_clip(config: ModelConfig, text_source: str) -> dict[str, Any]:
-    """Our config in open_clip's terms; of two read-outs its ``encode_image`` gives the prompts' one.
+    """Our config in open_clip's terms; of two read-outs, ``encode_image`` gives the prompts'.
 
     Args:
         config: The model.
