@@ -195,7 +195,27 @@ def _asked(result: dict[str, Any], words: dict[str, Any]) -> str:
     parts += [f"“{question['text']}”"] if question["text"] else []
     parts += [f"+ {study}" for study in question["more"]]
     parts += [f"- {study}" for study in question["less"]]
-    return f"{words['query']}: {', '.join(parts)}"
+    if question["text"] and len(parts) > 1:
+        parts.append(f"{words['weight']} {question['text_weight']:.0%}")
+    conditions = "; ".join(_conditions(question["where"], words))
+    filters = f" · {words['filters']}: {conditions}" if conditions else ""
+    return f"{words['query']}: {', '.join(parts)}{filters}"
+
+
+def _conditions(where: dict[str, Any], words: dict[str, Any]) -> list[str]:
+    """What a case had to meet to be returned."""
+    told = []
+    for name, value in where.items():
+        values = [value] if isinstance(value, str) else value or []
+        texts = [
+            words["findings"].get(one, one) if isinstance(one, str) else f"{one:g}"
+            for one in values
+        ]
+        if texts:
+            told.append(
+                f"{words[name]}: {(' - ' if name in ('age', 'date') else ', ').join(texts)}"
+            )
+    return told
 
 
 def _share(reading: dict[str, Any]) -> str:

@@ -149,6 +149,25 @@ def test_a_result_has_a_permanent_link_and_can_be_saved(client, archive):
     assert client.get(f"{base}/result.pdf?language=<b>").status_code == 422
 
 
+def test_a_saved_result_says_under_which_conditions_it_was_found(client, archive):
+    table, _ = page_service.table_and_cohort(*archive)
+    where = {"sex": "F", "age": [18, 90], "absent": ["Lung nodule"]}
+    question = {"study": table.study_id[0], "text": "effusion", "text_weight": 0.3, "where": where}
+    fresh = ask(client, **question).json()["id"]
+    plain = ask(client, study=table.study_id[0]).json()["id"]
+
+    told = {
+        "en": "weight of the text 30% · Filters: absent: Lung nodule; sex: F; age: 18 - 90",
+        "zh": "文字权重 30% · 筛选: 无: 肺结节; 性别: F; 年龄: 18 - 90",
+    }
+    for language, line in told.items():
+        base = f"/api/results/{fresh}/result"
+        assert line in client.get(f"{base}.html?language={language}").text
+        pdf = pdf_text(client.get(f"{base}.pdf?language={language}").content)
+        assert line.replace(" ", "") in pdf.replace(" ", "")
+    assert "Filters" not in client.get(f"/api/results/{plain}/result.html").text
+
+
 def test_what_is_doubtful_about_an_upload_stands_on_its_result(client, tmp_path, caplog):
     caplog.set_level("WARNING", "ctclip")
     job = upload(client, save(tmp_path / "slab.nii.gz", chest_hu((12, 44, 64))).read_bytes())

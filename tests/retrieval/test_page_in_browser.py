@@ -176,6 +176,9 @@ def test_both_viewers_go_to_a_finding_and_stay_together(tab):
 
 def test_a_text_finds_cases_and_has_a_permanent_link(tab, address):
     tab.fill("#text", "bilateral pleural effusion with compressive atelectasis")
+    tab.click("summary")
+    tab.select_option("#field-sex", "F")
+    tab.focus("#text")
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#cases li h3")
     studies = tab.locator("#cases h3").all_inner_texts()
@@ -184,6 +187,7 @@ def test_a_text_finds_cases_and_has_a_permanent_link(tab, address):
     tab.reload()
     tab.wait_for_selector("#cases li h3")
     assert tab.locator("#cases h3").all_inner_texts() == studies
+    assert tab.inner_text("#asked").endswith("compressive atelectasis” · Filters: sex: F")
     with tab.expect_download() as download:
         tab.click("#as-html")
     assert "For research only" in Path(download.value.path()).read_text(encoding="utf-8")

@@ -215,6 +215,7 @@ function show(result) {
 
 function render() {
   const { result } = page;
+  $("asked").textContent = asked(result.question);
   renderWarnings(result.warnings ?? []);
   renderReadings(result.readings);
   const base = `/api/results/${result.id}`;
@@ -228,6 +229,17 @@ function render() {
   if (!hasHits) $("cases").append(make("li", { textContent: word("no_cases") }));
   else if (!hasPictures) $("cases").prepend(make("p", { className: "hint", textContent: word("no_pictures") }));
   mark();
+}
+
+// What a result answers: the form may say something else by now.
+function asked({ scan, study, text, text_weight: weight, more, less, where }) {
+  const parts = [scan && word("uploaded_scan"), study, text && `“${text}”`,
+    ...more.map((other) => `+ ${other}`), ...less.map((other) => `- ${other}`)].filter(Boolean);
+  if (text && parts.length > 1) parts.push(`${word("weight")} ${Math.round(100 * weight)} %`);
+  const conditions = Object.entries(where).filter(([, value]) => value?.length).map(([name, value]) =>
+    `${word(name)}: ${[value].flat().map(findingName).join(/^(age|date)$/.test(name) ? " - " : ", ")}`);
+  const filters = conditions.length ? ` · ${word("filters")}: ${conditions.join("; ")}` : "";
+  return `${word("query")}: ${parts.join(", ")}${filters}`;
 }
 
 function renderWarnings(warnings) {
