@@ -1,6 +1,8 @@
 """Which cases of an archive may be returned: one description, two readers (NumPy and Milvus)."""
 
+import calendar
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +42,7 @@ class Filter:
     """Years, both ends included."""
 
     date: tuple[str, str] | None = None
-    """ISO dates (2024-01-31), both ends included."""
+    """ISO dates, both ends included: 2024-01-31, or a whole month or year (2024-01, 2024)."""
 
     hospital: tuple[str, ...] = ()
     manufacturer: tuple[str, ...] = ()
@@ -52,15 +54,28 @@ class Filter:
         for finding in (*self.present, *self.absent, *self.unknown):
             if finding not in FINDINGS:
                 raise ValueError(f"unknown finding {finding!r}; known: {', '.join(FINDINGS)}")
+        if self.age is not None and not all(map(math.isfinite, self.age)):
+            raise ValueError(f"age must be two finite numbers of years, got {self.age}")
         if self.age is not None and not self.age[0] <= self.age[1]:
             raise ValueError(f"age must be (low, high) with low <= high, got {self.age}")
-        if self.date is not None and not self.date[0] <= self.date[1]:
+        if self.date is not None and not self._days[0] <= self._days[1]:
             raise ValueError(f"date must be (first, last) with first <= last, got {self.date}")
+        for name in ("sex", "hospital", "manufacturer", "split"):
+            try:
+                "".join(getattr(self, name) or ()).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} holds half a character; type it anew") from None
 
     @property
     def fields(self) -> list[str]:
         """The table's fields that this filter reads."""
         return [name for name in FILTER_FIELDS if getattr(self, name)]
+
+    @property
+    def _days(self) -> tuple[str, str]:
+        """The date's first and last day: text that sorts like what the archive carries."""
+        assert self.date is not None
+        return _bound(self.date[0], ""), _bound(self.date[1], "-99-99")
 
     def mask(self, table: EmbeddingTable) -> np.ndarray:
         """``(N,)`` bool: which rows pass.
@@ -81,7 +96,7 @@ class Filter:
             ages = np.array([number(value) for value in table.fields["age"]])
             keep &= (ages >= self.age[0]) & (ages <= self.age[1])
         if self.date:
-            low, high = self.date
+            low, high = self._days
             dates = table.fields["date"]
             keep &= np.array([bool(day) and low <= day <= high for day in dates], dtype=bool)
         for name in ("hospital", "manufacturer"):
@@ -106,7 +121,7 @@ class Filter:
             low, high = (float(bound) for bound in self.age)
             terms.append(f"{AGE_COLUMN} >= {max(low, 0.0)} and {AGE_COLUMN} <= {high}")
         if self.date:
-            column, (first, last) = field_column("date"), self.date
+            column, (first, last) = field_column("date"), self._days
             terms.append(f'{column} != "" and {column} >= {quoted(first)}')
             terms.append(f"{column} <= {quoted(last)}")
         for name in ("hospital", "manufacturer"):
@@ -115,6 +130,19 @@ class Filter:
         if self.split:
             terms.append(f"split == {quoted(self.split)}")
         return " and ".join(terms)
+
+
+def _bound(date: str, rest: str) -> str:
+    """A date as text that sorts like the archive's; ``rest`` stands for what it lacks."""
+    found = re.fullmatch(r"(\d{4})(?:-(\d\d)(?:-(\d\d))?|(\d\d)(\d\d))?", date, re.ASCII)
+    parts = [part for part in found.groups() if part] if found else ["0", "0"]
+    year, month, day = map(int, [*parts, "1", "1"][:3])
+    if not (1 <= month <= 12 and 1 <= day <= calendar.monthrange(year, month)[1]):
+        raise ValueError(
+            f"date takes days (2024-01-31), months (2024-01) and years (2024), got {date!r}"
+        )
+    bound = "-".join(parts)
+    return bound + rest[len(bound) - len("2024") :]
 
 
 def label_column(finding: str) -> str:

@@ -236,8 +236,8 @@ class MilvusArchive:
             parameters["ef"] = max(self._header.get("ef", HNSW_EF[0]), 2 * limit)
         elif self.is_embedded:
             parameters["nprobe"] = ALL_LISTS
-        found = self._client.search(
-            self.name,
+        found = self._ask(
+            self._client.search,
             data=[query.vector.tolist()],
             limit=limit,
             filter=expression,
@@ -281,7 +281,7 @@ class MilvusArchive:
         """
         column, wanted = ("volume_id", volume_id) if volume_id else ("study_id", study_id)
         expression = f"{column} == {quoted(wanted or '')}"
-        rows = self._client.query(self.name, filter=expression, output_fields=["*"])
+        rows = self._ask(self._client.query, filter=expression, output_fields=["*"])
         if not rows:
             raise EmbeddingError(f"the archive has no case {wanted!r} among its {len(self)}")
         table = self._table(rows)
@@ -291,8 +291,8 @@ class MilvusArchive:
         """Studies of the archive whose identifier begins with a text, in order."""
         # the store's wildcards only narrow it down; older servers know none but a last %
         expression = f"study_id like {quoted(beginning.split('%')[0] + '%')}" if beginning else ""
-        rows = self._client.query(
-            self.name, filter=expression, output_fields=["study_id"], limit=MAX_LIMIT
+        rows = self._ask(
+            self._client.query, filter=expression, output_fields=["study_id"], limit=MAX_LIMIT
         )
         return sorted({r["study_id"] for r in rows if r["study_id"].startswith(beginning)})[:limit]
 
@@ -373,13 +373,27 @@ class MilvusArchive:
         table.save(path)
         return len(table)
 
+    def _ask(self, method: Any, **options: Any) -> Any:
+        from pymilvus.exceptions import MilvusException
+
+        try:
+            return method(self.name, **options)
+        except MilvusException as error:
+            raise EmbeddingError(
+                f"the archive {self.uri} refused the search: {error.message}; is the server "
+                "up, and does the question hold anything unusual?"
+            ) from None
+
     def _count(self, expression: str) -> int:
-        rows = self._client.query(self.name, filter=expression, output_fields=["count(*)"])
+        rows = self._ask(self._client.query, filter=expression, output_fields=["count(*)"])
         return int(rows[0]["count(*)"])
 
     def _read(self, expression: str) -> Iterator[list[dict[str, Any]]]:
-        iterator = self._client.query_iterator(
-            self.name, filter=expression, output_fields=["*"], batch_size=BATCH_ROWS
+        iterator = self._ask(
+            self._client.query_iterator,
+            filter=expression,
+            output_fields=["*"],
+            batch_size=BATCH_ROWS,
         )
         try:
             while batch := iterator.next():

@@ -98,6 +98,7 @@ FILTERS = {
     "age with decimals": Filter(age=(20.1, 40.7)),
     "age from below zero": Filter(age=(-5, 3)),
     "date": Filter(date=("2012-01-01", "2020-12-31")),
+    "whole years": Filter(date=("2012", "2020")),
     "hospital with quotes": Filter(hospital=('St. "Q"',)),
     "hospitals": Filter(hospital=("B\\C", "Ü")),
     "split": Filter(split="valid"),
@@ -195,6 +196,13 @@ def test_an_approximate_index_that_misses_neighbours_gives_way_to_an_exact_one(
             query = Query(vector=noise[row])
             assert outcome(archive.search(query)) == outcome(oracle.search(query))
     assert "is searched exactly" in caplog.text
+
+
+def test_what_the_store_refuses_is_told_in_a_sentence(place):
+    with MilvusArchive.build(**place, table=archive_table(20)) as archive:
+        archive.name = "gone"
+        with pytest.raises(EmbeddingError, match="refused the search: .*gone"):
+            archive.search(Query(vector=unit(np.ones(24))))
 
 
 def test_inserting_twice_doubles_nothing_and_updates_what_changed(place):

@@ -98,6 +98,43 @@ def test_ages_and_dates_are_ranges_with_both_ends():
     assert in_2024.tolist() == [False, True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("date", "passes"),
+    [
+        (("2024", "2024"), "2024 2024-01 2024-01-01 2024-02-29 2024-12-31"),
+        (("2023-12", "2024-02"), "2023-12-31 2024 2024-01 2024-01-01 2024-02-29"),
+        (("20240229", "20241231"), "2024-02-29 2024-12-31"),
+    ],
+)
+def test_a_date_may_be_a_whole_year_or_month_or_a_day_as_in_dicom(date, passes):
+    days = ["2023-12-31", "2024", "2024-01", "2024-01-01", "2024-02-29", "2024-12-31", "2025", ""]
+    table = random_table(len(days), volumes_per_patient=1, fields={"date": days})
+
+    kept = Filter(date=date).mask(table)
+
+    assert [day for day, keep in zip(days, kept, strict=True) if keep] == passes.split()
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"age": (0, float("inf"))}, "age must be two finite"),
+        ({"age": (float("nan"), 3)}, "age must be two finite"),
+        ({"date": ("2024", "31.12.2024")}, r"date takes .*got '31\.12\.2024'"),
+        ({"date": ("2023-02-29", "2024")}, "date takes .*got '2023-02-29'"),
+        ({"date": ("2024-1", "2024-13")}, "date takes .*got '2024-1'"),
+        ({"date": ("", "2024")}, "date takes"),
+        ({"date": ("2024-06", "2024-05")}, "first <= last"),
+        ({"sex": "\ud800"}, "sex holds half a character"),
+        ({"hospital": ("A", "\ud800")}, "hospital holds half a character"),
+        ({"split": "\udfff"}, "split holds half a character"),
+    ],
+)
+def test_a_condition_that_makes_no_sense_is_refused_by_name(condition, message):
+    with pytest.raises(ValueError, match=message):
+        Filter(**condition)
+
+
 def test_a_filter_on_a_field_that_was_not_exported_says_so():
     with pytest.raises(EmbeddingError, match=r"hospital.*export again with fields=hospital"):
         Filter(hospital=("A",)).mask(random_table(3))
