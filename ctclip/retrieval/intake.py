@@ -5,12 +5,14 @@ are written under numbers. Parsing happens in a child process with its own memor
 so that a file that crashes a decoder or eats memory takes nobody else down.
 """
 
+import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import resource
 import shutil
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 MAX_RATIO = 100
 """Compression that no image data reaches; DICOM stays below 10."""
+
+SCRATCH_PREFIX = "ctclip-uploads-"
 
 PRELOAD = ["ctclip.data.checked"]
 """Imported once by the server that reading processes are forked from: it takes seconds."""
@@ -228,3 +232,48 @@ def _plain(error: Exception) -> str:
 def discard(folder: Path) -> None:
     """Delete an upload and all that was made of it."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class Scratch:
+    """A folder for uploads, gone when closed; making one clears those that killed processes left.
+
+    Its process holds a lock on it, which ends with the process however that ends: a process number
+    may be another's by now, or one of another container that shares the folder for temporary files.
+    """
+
+    def __init__(self) -> None:
+        for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+            lock = _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is not None:
+                discard(left)
+                os.close(lock)
+        while True:
+            self._folder = tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
+            self.path = Path(self._folder.name)
+            self._held = _lock(self.path, fcntl.LOCK_EX)
+            if self.path.is_dir():  # else another process cleared it before it was locked
+                break
+            self.close()
+
+    def close(self) -> None:
+        """Delete it with all that is in it."""
+        self._folder.cleanup()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def _lock(folder: Path, how: int) -> int | None:
+    """Lock a folder of ours; None where it is another's, locked or gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(descriptor).st_uid == os.getuid():
+            fcntl.flock(descriptor, how)
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None

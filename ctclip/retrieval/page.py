@@ -164,12 +164,12 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
     jobs = Jobs(service, config.limits)
     audit = AuditLog(config.audit_log)
     receiving = 0  # uploads on the line; the event loop alone counts them
-    scratch = tempfile.TemporaryDirectory(prefix="ctclip-page-")
+    scratch = intake.Scratch()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        scratch.cleanup()
+        scratch.close()
 
     app = FastAPI(
         title="ctclip", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
@@ -214,7 +214,7 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
         if jobs.waiting() + receiving >= config.limits.waiting:
             raise HTTPException(429, "many scans are waiting; try again in some minutes")
         receiving += 1
-        folder = Path(tempfile.mkdtemp(dir=scratch.name))
+        folder = Path(tempfile.mkdtemp(dir=scratch.path))
         is_complete = False
         try:
             transfer = _receive(request, folder / "upload", config.limits.upload_mib << 20)

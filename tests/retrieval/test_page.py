@@ -4,9 +4,13 @@ import csv
 import gzip
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import page_service
@@ -97,6 +101,35 @@ def test_uploads_leave_no_file_behind(client, service, archive, tmp_path, monkey
         assert upload(fresh, b"PK\x03\x04 not a zip")["state"] == "failed"
         time.sleep(0.2)
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def start_page(tmp_path):
+    """A process with an upload, until its input ends; returns it with its folder."""
+    code = (
+        "import sys; from ctclip.retrieval.intake import Scratch; scratch = Scratch()\n"
+        "(scratch.path / 'upload').touch(); print(scratch.path, flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_a_start_clears_what_a_killed_page_left_and_nothing_of_a_living_one(tmp_path):
+    killed, left = start_page(tmp_path)
+    killed.kill()
+    killed.communicate()
+    assert (left / "upload").exists()
+    living, kept = start_page(tmp_path)
+    assert not left.exists()
+
+    later, other = start_page(tmp_path)
+
+    assert (kept / "upload").exists()
+    assert (other / "upload").exists()
+    for process in (living, later):
+        process.communicate()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_text_and_a_filter_are_answered(client, archive):
