@@ -213,7 +213,8 @@ def _read(source: Path, out: Path, reason: Path, config: "VolumeConfig", memory_
             said = {"warnings": notes}
             np.save(out, volume.preprocess(found.volume, config))
     except volume.VolumeError as error:
-        said = {"code": error.code, "detail": _without(source, error.detail)}
+        detail = error.detail.replace("name one with series=", "send a zip of one series")
+        said = {"code": error.code, "detail": _without(source, detail)}
     except MemoryError:
         said = {"code": "too-large", "detail": "the scan needs more memory than is allowed"}
     reason.write_text(json.dumps(said), encoding="utf-8")

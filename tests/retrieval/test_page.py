@@ -12,6 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import dicoms
 import numpy as np
 import page_service
 import pytest
@@ -515,6 +516,19 @@ def test_every_shared_defect_is_refused_or_read_and_harms_nobody(client, archive
             assert str(folder) not in job["detail"], row["file"]
     assert refused >= 40
     assert upload(client, phantom_scan(archive).read_bytes())["state"] == "done"
+
+
+def test_a_zip_of_several_series_is_refused_with_what_the_page_can_do(client, tmp_path):
+    path = dicoms.folder(tmp_path, chest_hu((20, 24, 32)), series="1.2.3")
+    dicoms.write_series(path, chest_hu((12, 24, 32)), series="1.2.4", prefix="other")
+
+    job = upload(client, zipped([(file.name, file.read_bytes()) for file in path.iterdir()]))
+
+    assert job["code"] == "several-series"
+    assert "send a zip of one series" in job["detail"]
+    assert "series=" not in job["detail"]
+    for words in json.loads(client.get("/web/words.json").text).values():
+        assert job["code"] in words["problems"]
 
 
 def test_a_full_queue_says_so(service):
