@@ -36,6 +36,7 @@ from ctclip.retrieval.filters import (
 from ctclip.retrieval.question import Background
 from ctclip.retrieval.reference import Reference
 from ctclip.retrieval.search import (
+    CHOICE_FIELDS,
     Hit,
     Query,
     check_query,
@@ -297,7 +298,7 @@ class MilvusArchive:
         return sorted({r["study_id"] for r in rows if r["study_id"].startswith(beginning)})[:limit]
 
     def values(self) -> dict[str, list[str]]:
-        """The fields that a filter may read, with their values when the archive was built."""
+        """The fields that a filter may read, with the values to choose from."""
         values: dict[str, list[str]] = self._header["values"]
         return values
 
@@ -321,6 +322,10 @@ class MilvusArchive:
                 f"table {list(table.fields)} (scores: {table.scores is not None})"
             )
         with self._writing:
+            known, new = self.values(), distinct_values(table.fields)
+            self._set_values(
+                distinct_values({name: [*known[name], *values] for name, values in new.items()})
+            )
             for batch in _batches(table):
                 self._client.upsert(self.name, batch)
 
@@ -345,11 +350,15 @@ class MilvusArchive:
     def studies_of(self, patients: Iterable[str]) -> set[str]:
         """The studies that the archive holds of some patients."""
         expression = f"patient_id in {quoted_list(sorted(set(patients)))}"
-        return {row["study_id"] for batch in self._read(expression) for row in batch}
+        return set(self._column("study_id", expression))
 
     def purge(self) -> None:
         """Rewrite the store so that nothing of deleted rows is left in it."""
         with self._writing:
+            left: dict[str, list[str]] = {name: [] for name in self.fields}
+            for name in left.keys() & set(CHOICE_FIELDS):
+                left[name] = list(set(self._column(field_column(name))))
+            self._set_values(distinct_values(left))
             if self.is_embedded:
                 _replace_collection(self._client, self.name, self._header, self._read(""), True)
             else:
@@ -388,11 +397,14 @@ class MilvusArchive:
         rows = self._ask(self._client.query, filter=expression, output_fields=["count(*)"])
         return int(rows[0]["count(*)"])
 
-    def _read(self, expression: str) -> Iterator[list[dict[str, Any]]]:
+    def _column(self, column: str, expression: str = "") -> Iterator[str]:
+        return (row[column] for batch in self._read(expression, column) for row in batch)
+
+    def _read(self, expression: str, column: str = "*") -> Iterator[list[dict[str, Any]]]:
         iterator = self._ask(
             self._client.query_iterator,
             filter=expression,
-            output_fields=["*"],
+            output_fields=[column],
             batch_size=BATCH_ROWS,
         )
         try:
@@ -422,6 +434,10 @@ class MilvusArchive:
             ),
             transform=self.transform,
         )
+
+    def _set_values(self, values: dict[str, list[str]]) -> None:
+        self._header["values"] = values
+        self._set_property(HEADER_PROPERTY, json.dumps(self._header))
 
     def _properties(self) -> dict[str, str]:
         return self._client.describe_collection(self.name).get("properties", {})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ctclip.embeddings import EmbeddingTable
+from ctclip.embeddings import EmbeddingError, EmbeddingTable
 from ctclip.embeddings.transform import fit
 from ctclip.retrieval.index import MilvusArchive
 from ctclip.retrieval.opening import open_archive, with_scores
@@ -55,6 +55,7 @@ def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
         scorer: Adds zero-shot scores to a table that has none.
 
     Raises:
+        EmbeddingError: If the archive holds none of the patients to withdraw.
         ValueError: If the action lacks its input.
     """
     from rich.console import Console
@@ -84,10 +85,29 @@ def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
             if not config.patients:
                 raise ValueError("name the patients to withdraw: patients=[p1,p2]")
             studies = archive.studies_of(config.patients)
-            removed = archive.withdraw(config.patients)
-            if config.state is not None:
+            if not studies:
+                raise EmbeddingError(
+                    f"{config.uri} holds none of the patients {', '.join(config.patients)}, so "
+                    "nothing was removed, no saved result either; check the spelling. If they were "
+                    "withdrawn before without state=<folder>, delete the results there that show "
+                    "them: the archive no longer knows which studies are theirs"
+                )
+            if unknown := [name for name in config.patients if not archive.studies_of([name])]:
+                logger.warning(
+                    "%s holds none of %s: nothing of theirs is removed; check the spelling",
+                    config.uri,
+                    ", ".join(unknown),
+                )
+            if config.state is not None:  # first: the archive alone knows whose the studies are
                 num_results = forget(config.state, studies)
                 console.print(f"removed {num_results} saved results from {config.state}")
+            else:
+                logger.warning(
+                    "without state=<folder> the page's saved results that show these patients stay, "
+                    "and can't be found later; their studies: %s",
+                    ", ".join(sorted(studies)),
+                )
+            removed = archive.withdraw(config.patients)
             console.print(f"removed {removed} volumes of {len(config.patients)} patients")
         elif config.action == "backup":
             num_volumes = archive.backup(_needed(config.out, "out"))

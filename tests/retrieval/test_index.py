@@ -5,6 +5,7 @@ CTCLIP_MILVUS_URI=http://127.0.0.1:19530 python -m pytest tests/retrieval/test_i
 """
 
 import io
+import json
 import os
 import time
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pymilvus import MilvusClient
 from ctclip.embeddings import EmbeddingError, EmbeddingTable
 from ctclip.embeddings.transform import fit
 from ctclip.findings import FINDINGS
+from ctclip.retrieval import jobs
 from ctclip.retrieval.filters import Filter
 from ctclip.retrieval.index import MilvusArchive
 from ctclip.retrieval.search import MemoryArchive, Query, from_rows, unit
@@ -275,6 +277,53 @@ def test_a_withdrawn_patient_is_not_found_again(place):
         assert archive.studies("p42_") == []
         with pytest.raises(EmbeddingError, match="no case"):
             archive.rows(study_id="p42_a")
+
+
+def test_the_values_to_choose_from_follow_the_rows(place):
+    table = archive_table(40)
+    table.fields["hospital"][:] = ["Old"] * 40
+    guest = replace(
+        table.select(range(4)),
+        volume_id=[f"g_{row}" for row in range(4)],
+        patient_id=["g"] * 4,
+        fields={**table.select(range(4)).fields, "hospital": ["Guest"] * 4},
+    )
+    with MilvusArchive.build(**place, table=table) as archive:
+        archive.insert(guest)
+        assert archive.values()["hospital"] == ["Guest", "Old"]
+        archive.withdraw(["g"])
+        assert archive.values() == MemoryArchive(table).values()
+    with MilvusArchive(**place) as archive:
+        assert archive.values() == MemoryArchive(table).values()
+
+
+def save_result(state, study):
+    question = {"study": study, "more": [], "less": []}
+    state.mkdir(exist_ok=True)
+    (state / f"{study}.json").write_text(json.dumps({"question": question, "hits": []}))
+
+
+def test_a_withdrawal_forgets_saved_results_before_the_rows(tmp_path, monkeypatch, caplog):
+    state, uri = tmp_path / "state", str(tmp_path / "a.db")
+    MilvusArchive.build(uri, archive_table(40)).close()
+    for study in ("p3_a", "p4_b"):
+        save_result(state, study)
+    config = jobs.IndexConfig(action="withdraw", uri=uri, patients=("p3",), state=state)
+
+    def fail(*_):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MilvusArchive, "withdraw", fail)
+        with pytest.raises(RuntimeError):
+            jobs.run_index(config)
+    assert [path.stem for path in state.iterdir()] == ["p4_b"]
+    jobs.run_index(replace(config, patients=("p3", "p33x")))
+    assert "none of p33x" in caplog.text
+    with pytest.raises(EmbeddingError, match="none of the patients p3, so nothing was removed"):
+        jobs.run_index(config)
+    with MilvusArchive(uri) as archive:
+        assert len(archive) == 36
 
 
 def test_an_interrupted_withdrawal_is_finished_on_opening(tmp_path, monkeypatch):
