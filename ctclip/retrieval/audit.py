@@ -9,7 +9,9 @@ from typing import Any
 
 
 class AuditLog:
-    """One JSON line per query. Lines are only ever added; nobody but the owner can read the file.
+    """One JSON line per query, and per saved result opened or exported.
+
+    Lines are only ever added; nobody but the owner can read the file.
 
     The text of a query is left out, because people type names; how it was asked is kept.
 
@@ -23,11 +25,11 @@ class AuditLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def record(self, user: str, asked: Mapping[str, Any], returned: Sequence[str]) -> None:
-        """Write down one query.
+        """Write down one query, or one look at a saved result.
 
         Args:
             user: Who asked, as far as the service knows.
-            asked: Kind of query, filters.
+            asked: Kind of query, studies it named, filters, the result's handle.
             returned: Studies that were shown.
         """
         if self.path is None:

@@ -12,7 +12,7 @@ import secrets
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,6 +33,8 @@ from ctclip.retrieval.service import CaseService, NotFoundError, parse
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = ("0.0.0.0", "::")
+LEAST_TOKEN = 16
 COOKIE = "ctclip_token"
 OWN_HEADER = "x-ctclip"
 MAX_QUESTION_BYTES = 64 << 10
@@ -80,6 +82,18 @@ class ServeConfig:
     """File that records every query; None records nothing."""
 
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.token is not None and (len(self.token) < LEAST_TOKEN or not self.token.isascii()):
+            raise ValueError(f"token must have at least {LEAST_TOKEN} letters, all ASCII")
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where a browser finds the page; it refuses to be reached under other names."""
+        own = "127.0.0.1" if self.host in ANY_ADDRESS else self.host
+        # On loopback, other names are those of a proxy, which has an address of its own.
+        names = (own,) if self.host in LOOPBACK else (own, *self.allowed_hosts)
+        return [f"http://{_bracketed(name)}:{self.port}/" for name in names]
 
 
 @dataclass
@@ -160,7 +174,9 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
         ValueError: If the host isn't loopback and no token is set.
     """
     if config.host not in LOOPBACK and not config.token:
-        raise ValueError(f"serving on {config.host} needs a token: set token=<at least 16 letters>")
+        raise ValueError(
+            f"serving on {config.host} needs a token: set token=<at least {LEAST_TOKEN} letters>"
+        )
     jobs = Jobs(service, config.limits)
     audit = AuditLog(config.audit_log)
     receiving = 0  # uploads on the line; the event loop alone counts them
@@ -239,12 +255,18 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
         question = parse(asked)
         result = await asyncio.to_thread(service.ask, question)
         kinds = [k for k in ("scan", "study", "text", "more", "less") if asked.get(k)]
-        what = {"by": kinds, "study": question.study, "where": asked.get("where", {})}
-        audit.record(user, what, [hit["study"] for hit in result["hits"]])
+        named = {"study": question.study, "more": question.more, "less": question.less}
+        what = {"by": kinds, **named, "where": asked.get("where", {}), "result": result["id"]}
+        audit.record(user, what, _studies(result))
         return result
 
+    def record_saved(request: Request, how: str, handle: str) -> None:
+        what = {"by": [how], "result": handle}
+        audit.record(_user(request, config), what, _studies(service.result(handle)))
+
     @app.get("/api/results/{handle}")
-    def result(handle: str) -> dict[str, Any]:
+    def result(request: Request, handle: str) -> dict[str, Any]:
+        record_saved(request, "open", handle)
         return service.result(handle)
 
     @app.get("/api/results/{handle}/{case}/volume.nii.gz")
@@ -261,13 +283,15 @@ def build(service: CaseService, config: ServeConfig) -> FastAPI:
         return Response(data, media_type="application/octet-stream")
 
     @app.get("/api/results/{handle}/result.html")
-    def as_html(handle: str, language: Language = "en") -> Response:
+    def as_html(request: Request, handle: str, language: Language = "en") -> Response:
+        record_saved(request, "html", handle)
         text = handout.as_html(service, handle, language)
         headers = {"Content-Disposition": 'attachment; filename="similar-cases.html"'}
         return Response(text, media_type="text/html", headers=headers)
 
     @app.get("/api/results/{handle}/result.pdf")
-    def as_pdf(handle: str, language: Language = "en") -> Response:
+    def as_pdf(request: Request, handle: str, language: Language = "en") -> Response:
+        record_saved(request, "pdf", handle)
         data = handout.as_pdf(service, handle, language)
         headers = {"Content-Disposition": 'attachment; filename="similar-cases.pdf"'}
         return Response(data, media_type="application/pdf", headers=headers)
@@ -287,7 +311,13 @@ def serve(service: CaseService, config: ServeConfig) -> None:
         config = replace(config, token=secrets.token_urlsafe(24))
         console.print(f"token (enter it in the browser): {config.token}", highlight=False)
     app = build(service, config)
-    console.print(f"similar cases: http://{config.host}:{config.port}/  (Ctrl-C ends it)")
+    console.print(f"similar cases: {'  '.join(config.addresses)}  (Ctrl-C ends it)", soft_wrap=True)
+    if config.host not in LOOPBACK:
+        console.print(
+            "other names or addresses of this machine are refused: "
+            "allow them with serve.allowed_hosts=[name]",
+            markup=False,
+        )
     uvicorn.run(
         app,
         host=config.host,
@@ -300,7 +330,8 @@ def serve(service: CaseService, config: ServeConfig) -> None:
 
 def _guard(app: FastAPI, config: ServeConfig) -> None:
     """Who may ask: a known host name, our own script, and the token where one is set."""
-    hosts = {config.host, *LOOPBACK, "[::1]", *config.allowed_hosts}
+    names = (config.host, *LOOPBACK, *config.allowed_hosts)
+    hosts = {_bracketed(name.lower()) for name in names}
 
     @app.post("/login")
     async def login(request: Request) -> Response:
@@ -327,6 +358,11 @@ def _guard(app: FastAPI, config: ServeConfig) -> None:
         if request.url.path.startswith("/web/"):
             response.headers["Cache-Control"] = "max-age=3600"
         return response
+
+
+def _bracketed(name: str) -> str:
+    """A host's name as addresses have it."""
+    return f"[{name}]" if name.count(":") > 1 and name[0] != "[" else name
 
 
 def _refusal(request: Request, config: ServeConfig, hosts: set[str]) -> Response | None:
@@ -383,6 +419,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError("not finite")
     return value
+
+
+def _studies(result: Mapping[str, Any]) -> list[str]:
+    return [hit["study"] for hit in result["hits"]]
 
 
 def _case(text: str) -> int | None:

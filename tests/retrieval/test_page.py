@@ -30,7 +30,7 @@ from scans import chest_hu, save
 
 from ctclip.findings import FINDINGS
 from ctclip.retrieval.intake import Limits, UploadError, unpack
-from ctclip.retrieval.page import SECURITY_HEADERS, ServeConfig, build
+from ctclip.retrieval.page import SECURITY_HEADERS, ServeConfig, build, serve
 
 OURS = {"x-ctclip": "1", "host": "127.0.0.1:8765"}
 LIMITS = Limits(upload_mib=8, unpacked_mib=32, files=200, read_s=60)
@@ -264,6 +264,25 @@ def test_the_audit_log_tells_who_saw_what_but_not_what_was_typed(client, audit_l
     assert audit_log.stat().st_mode & 0o077 == 0
 
 
+def test_the_audit_log_names_examples_and_who_opened_or_exported_a_result(
+    client, archive, audit_log
+):
+    table, _ = page_service.table_and_cohort(*archive)
+    more, less = list(table.study_id[:2]), [table.study_id[-1]]
+    result = ask(client, more=more, less=less, k=2).json()
+    base = f"/api/results/{result['id']}"
+    before = len(audit_log.read_text().splitlines())
+    for path in (base, f"{base}/result.html", f"{base}/result.pdf"):
+        assert client.get(path).status_code == 200
+
+    asked, *looked = map(json.loads, audit_log.read_text().splitlines()[before - 1 :])
+    assert (asked["asked"]["more"], asked["asked"]["less"]) == (more, less)
+    assert [line["asked"]["by"] for line in looked] == [["open"], ["html"], ["pdf"]]
+    for line in looked:
+        assert line["asked"]["result"] == asked["asked"]["result"] == result["id"]
+        assert line["returned"] == [hit["study"] for hit in result["hits"]]
+
+
 def test_logs_hold_nothing_of_a_query(client, archive, caplog):
     table, _ = page_service.table_and_cohort(*archive)
     with caplog.at_level("DEBUG", logger="ctclip"):
@@ -385,6 +404,30 @@ def test_beyond_loopback_a_token_is_demanded(service):
         cookie = answer.headers["set-cookie"].lower()
         assert "httponly" in cookie
         assert "samesite=strict" in cookie
+
+
+def test_short_tokens_are_refused_and_addresses_that_work_are_printed(service, monkeypatch, capsys):
+    for token in ("a", "a" * 15, "", "é" * 20):
+        with pytest.raises(ValueError, match="at least 16 letters"):
+            ServeConfig(token=token)
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    serve(
+        service, ServeConfig(host="0.0.0.0", port=80, token="a" * 16, allowed_hosts=("CT.local",))
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "similar cases: http://127.0.0.1:80/ http://CT.local:80/" in said
+    assert "serve.allowed_hosts=[name]" in said
+    serve(service, ServeConfig(allowed_hosts=("proxy.local",)))
+    said = capsys.readouterr().out
+    assert "http://127.0.0.1:8765/" in said
+    assert "proxy.local" not in said
+    assert "allowed_hosts" not in said
+
+    config = ServeConfig(host="fd00::5", token="a" * 16, allowed_hosts=("CT.local",))
+    assert config.addresses == ["http://[fd00::5]:8765/", "http://CT.local:8765/"]
+    with TestClient(build(service, config), headers=OURS) as client:
+        for host, status in (("ct.local:8765", 200), ("[fd00::5]:8765", 200), ("x.local", 421)):
+            assert client.get("/", headers={"host": host}).status_code == status
 
 
 def zipped(members, **options):
