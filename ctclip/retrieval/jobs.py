@@ -103,8 +103,8 @@ def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
                 console.print(f"removed {num_results} saved results from {config.state}")
             else:
                 logger.warning(
-                    "without state=<folder> the page's saved results that show these patients stay, "
-                    "and can't be found later; their studies: %s",
+                    "without state=<folder> the page's saved results that show these patients "
+                    "stay, and can't be found later; their studies: %s",
                     ", ".join(sorted(studies)),
                 )
             removed = archive.withdraw(config.patients)
