@@ -378,7 +378,7 @@ class MilvusArchive:
             rows = [row for batch in self._read("") for row in batch]
             if not rows:
                 raise EmbeddingError(f"the archive {self.name!r} is empty; nothing to back up")
-            table = self._table(rows)
+            table = self.background.kept_in(self._table(rows))
         table.save(path)
         return len(table)
 

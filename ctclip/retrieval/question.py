@@ -1,7 +1,8 @@
 """What is asked, and what an answer means: mixed queries, random pairs, shared findings."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -47,12 +48,12 @@ class Background:
         """Measure it on random pairs of different patients.
 
         Args:
-            volumes: The archive.
+            volumes: The archive; a backup brings along what can't be measured on it alone.
             reports: Of the same patients: what similarity to a report is ordinary.
             phrases: ``(18, E)`` points of the findings' names, see
                 :func:`ctclip.retrieval.phrase.finding_phrases`: each goes with every volume.
         """
-        found: dict[str, float] = {}
+        found: dict[str, float] = json.loads(volumes.provenance.get(_key(volumes), "{}"))
         for name, other in (("volume", volumes), ("text", reports)):
             if other is None:
                 continue
@@ -68,6 +69,15 @@ class Background:
             cosines = volumes.vectors_for_reports[:PHRASE_VOLUMES] @ phrases.T
             found |= _distribution("phrase", cosines.ravel())
         return cls(**found)
+
+    def kept_in(self, volumes: EmbeddingTable) -> EmbeddingTable:
+        """The archive as a table that brings this along, for :meth:`of`."""
+        kept = {_key(volumes): json.dumps(asdict(self))}
+        return replace(volumes, provenance={**volumes.provenance, **kept})
+
+
+def _key(volumes: EmbeddingTable) -> str:
+    return f"background {volumes.provenance.get('transform', '')}".strip()  # true of one space
 
 
 def _distribution(name: str, cosines: np.ndarray) -> dict[str, float]:

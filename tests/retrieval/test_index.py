@@ -9,7 +9,7 @@ import json
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ from ctclip.findings import FINDINGS
 from ctclip.retrieval import jobs
 from ctclip.retrieval.filters import Filter
 from ctclip.retrieval.index import MilvusArchive
+from ctclip.retrieval.question import Background
 from ctclip.retrieval.search import MemoryArchive, Query, from_rows, unit
 
 NUM_ROWS = 1200
@@ -345,7 +346,8 @@ def test_a_backup_restores_the_same_archive(place, tmp_path):
     table = archive_table(60)
     table = table.transformed(fit(table.vectors, whiten=True))
     query = Query(vector=table.vectors[5])
-    with MilvusArchive.build(**place, table=table) as archive:
+    background = Background.of(table, replace(table, vectors=-table.vectors), table.vectors[:18])
+    with MilvusArchive.build(**place, table=table, background=background) as archive:
         assert archive.backup(tmp_path / "backup.parquet") == 60
         before = archive.search(query, k=20)
 
@@ -353,6 +355,10 @@ def test_a_backup_restores_the_same_archive(place, tmp_path):
     with MilvusArchive.build(tmp_path / "b.db", saved) as restored:
         assert outcome(restored.search(query, k=20)) == outcome(before)
         assert restored.transform.name == table.transform.name
+        restored_background = asdict(restored.background)
+    assert restored_background == pytest.approx(asdict(background), abs=0.05)
+    assert restored_background["text_ordinary"] == background.text_ordinary
+    assert restored_background["phrase_spread"] == background.phrase_spread != 1
 
 
 def test_a_rebuild_replaces_the_archive_and_leaves_one_collection(place):
