@@ -99,6 +99,21 @@ def test_similar_cases_never_include_the_query_patient(run):
     assert query.rsplit("_", 1)[0] not in {study.rsplit("_", 1)[0] for study in hits["study_id"]}
 
 
+def test_a_manifest_is_prepared_and_exported_in_one_go(run, tmp_path, capsys):
+    ckpt = f"--ckpt={run / 'train' / 'model.safetensors'}"
+    manifest = f"--manifest={run / 'phantoms' / 'manifest.csv'}"
+
+    cli.embed([ckpt, manifest, "--split=test", f"--out={tmp_path}"])
+
+    expected = pd.read_parquet(run / "archive" / "volumes.parquet")
+    found = pd.read_parquet(tmp_path / "volumes.parquet")
+    assert found["volume_id"].tolist() == expected["volume_id"].tolist()
+    assert np.allclose(np.stack(found["vector"]), np.stack(expected["vector"]), atol=1e-6)
+    with pytest.raises(SystemExit):
+        cli.embed([ckpt, manifest, f"--cohort={run / 'cohort'}", f"--out={tmp_path}"])
+    assert "takes the place of --cohort" in capsys.readouterr().err
+
+
 def test_the_report_is_one_file_with_its_pictures_inside(run):
     page = (run / "report.html").read_text(encoding="utf-8")
 

@@ -1,8 +1,11 @@
 """Commands around an archive: export it, index it, search it, show it."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from ctclip.cli.command import add_accept, add_rescale, command, given, new_parser, parse
+from ctclip.cli.data import prepare
 
 
 @command
@@ -10,19 +13,39 @@ def embed(argv: Sequence[str] | None = None) -> None:
     """Embed a prepared cohort's volumes and reports, for evaluation and similar cases.
 
     python eval/export_embeddings.py --ckpt model.safetensors --cohort prepared/ab12 --out archive
+    python eval/export_embeddings.py --ckpt model.safetensors --manifest scans.csv --out archive
     """
     parser = new_parser(embed.__doc__, "embed")
     parser.add_argument("--ckpt", help="model.safetensors")
     parser.add_argument("--cohort", help="folder that ctclip-prepare wrote")
+    parser.add_argument(
+        "--manifest",
+        help="scans that no cohort was prepared from yet: that is done first, as the checkpoint "
+        "wants it, in OUT/prepared",
+    )
     parser.add_argument("--out", help="folder of volumes.parquet and reports.parquet")
     parser.add_argument("--split", help="only this split")
     args = parse(parser, argv)
+    if args.manifest:
+        if args.cohort or not (args.ckpt and args.out):
+            parser.error("--manifest takes the place of --cohort; it needs --ckpt and --out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.error("several processes share a cohort: run ctclip-prepare --like CKPT first")
+        args.cohort = _prepared_for(args.ckpt, args.manifest, Path(args.out) / "prepared")
 
     from ctclip import config
     from ctclip.embeddings import job
 
     values = given(args, ckpt="checkpoint", cohort="cohort", out="out", split="split")
     job.run(config.load(job.EmbedConfig, args.config, args.overrides, values))
+
+
+def _prepared_for(ckpt: str, manifest: str, folder: Path) -> str:
+    """Prepare scans as a checkpoint wants them; the cohort's folder."""
+    from ctclip import checkpoint
+
+    prepare(["--source", manifest, "--like", ckpt, "--out", str(folder)])
+    return str(folder / checkpoint.load(ckpt).volume_config.fingerprint())
 
 
 @command
