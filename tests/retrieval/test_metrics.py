@@ -1,8 +1,6 @@
 import csv
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +12,8 @@ from ctclip.retrieval import metrics
 
 
 @pytest.fixture(scope="module")
-def fixture():
-    root = os.environ.get("CTCLIP_TEST_DATA")
-    if not root:
-        pytest.skip("CTCLIP_TEST_DATA is not set: no CT-CLIP fixtures to reproduce")
-    folder = Path(root) / "ct-clip/fixtures/retrieval"
+def fixture(test_data):
+    folder = test_data / "ct-clip/fixtures/retrieval"
     with (folder / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     labels = np.array([[int(row[name]) for name in FINDINGS] for row in rows], dtype=np.float32)
