@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctclip import config
@@ -26,6 +26,7 @@ from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.head import LinearHead
 from ctclip.models.text import CXR_BERT, Tokenizer, merged_state_dict, require_fit
+from ctclip.models.weights import EmptyParameters, read_tensors
 
 VERSION = version("ctclip")
 
@@ -164,7 +165,7 @@ def load(
     if path.suffix in CT_CLIP_SUFFIXES:
         return _load_ct_clip(path, device, tokenizer or _tokenizer_beside(path))
     return rebuild(
-        read_header(path), load_file(path), sha256_of(path), f"checkpoint {path}", device
+        read_header(path), read_tensors(path), sha256_of(path), f"checkpoint {path}", device
     )
 
 
@@ -199,7 +200,8 @@ def rebuild(
 
     Args:
         header: From :func:`describe`, with a key ``head`` if there is a classifier.
-        tensors: Weights under ctclip's names; a classifier's start with ``head.``.
+        tensors: Weights under ctclip's names, a classifier's start with ``head.``; the model
+            keeps and owns them.
         sha256: Of the file that the weights come from.
         source: What errors call it.
         device: Where the model goes.
@@ -214,7 +216,8 @@ def rebuild(
         raise CheckpointError(
             f"{error}; it was written by ctclip {header['ctclip']}, this is {VERSION}"
         ) from None
-    model = build_model(model_config, hf_config=header["text_hf_config"])
+    with EmptyParameters():
+        model = build_model(model_config, hf_config=header["text_hf_config"])
     tensors, head = dict(tensors), None
     if "head" in header:
         findings = header["head"]["findings"]
@@ -302,10 +305,10 @@ def _load_folder(folder: Path, device: str | torch.device) -> Checkpoint:
     )
     tensors = {
         name.replace("visual.trunk.", "visual.", 1): value
-        for name, value in _part_of_folder(folder / FOLDER_WEIGHTS, load_file).items()
+        for name, value in _part_of_folder(folder / FOLDER_WEIGHTS, read_tensors).items()
     }
     if "head" in header:
-        head = _part_of_folder(folder / FOLDER_HEAD, load_file)
+        head = _part_of_folder(folder / FOLDER_HEAD, read_tensors)
         tensors |= {f"{HEAD}{name}": value for name, value in head.items()}
     return rebuild(header, tensors, sha256_of(folder / FOLDER_WEIGHTS), str(folder), device)
 
@@ -408,7 +411,7 @@ def require_readable(header: dict[str, Any], source: str) -> None:
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load weights strictly: every one present, none left over, every shape right.
+    """Give a model its weights, strictly: all present, none left over, every shape right.
 
     Raises:
         CheckpointError: Naming what doesn't fit.
@@ -426,7 +429,8 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         raise CheckpointError(
             f"{source}: {len(problems)} weights don't fit the model it describes: {shown}"
         )
-    model.load_state_dict(tensors)
+    as_wanted = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(as_wanted, assign=True)
 
 
 def sha256_of(path: str | Path) -> str:

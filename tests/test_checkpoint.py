@@ -63,6 +63,36 @@ def test_a_checkpoint_reloads_bit_equal(model, saved):
     assert loaded.provenance == {"step": 7}
 
 
+def test_a_model_with_rotary_positions_reloads_with_its_frequencies(tmp_path):
+    vision = dataclasses.replace(CONFIG.vision, positions="rotary")
+    config = dataclasses.replace(CONFIG, vision=vision)
+    model = build_model(config).eval()
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, model, Tokenizer.builtin(64), config, VOLUMES, {})
+
+    assert torch.equal(checkpoint.load(path).model.encode_image(IMAGE), model.encode_image(IMAGE))
+
+
+def test_copying_another_file_over_a_loaded_one_does_not_change_the_model(saved):
+    loaded = checkpoint.load(saved)
+    before = loaded.model.encode_image(IMAGE)
+    with saved.open("r+b") as file:
+        size = saved.stat().st_size
+        file.seek(size // 4)
+        file.write(bytes(size - size // 4))
+
+    assert torch.equal(loaded.model.encode_image(IMAGE), before)
+
+
+def test_a_file_in_half_precision_loads_as_a_model_in_fp32(saved):
+    def halve(tensors):
+        tensors |= {name: value.half() for name, value in tensors.items()}
+
+    model = checkpoint.load(rewritten(saved, change_tensors=halve)).model
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_saving_twice_gives_the_same_bytes_hence_the_same_hash(model, saved, tmp_path):
     other = tmp_path / "other.safetensors"
     checkpoint.save(other, model, Tokenizer.builtin(64), CONFIG, VOLUMES, {"step": 7})

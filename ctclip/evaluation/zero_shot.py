@@ -40,9 +40,19 @@ SUBGROUP_FIELDS = ("sex", "age", "hospital", "manufacturer", "kernel", "slice_th
 
 
 def score_volume(
-    checkpoint: "Checkpoint", path: str | Path, config: ZeroShotConfig | None = None
+    checkpoint: "Checkpoint",
+    path: str | Path,
+    config: ZeroShotConfig | None = None,
+    prompt_vectors: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Score one scan file: finding to probability, in the order of ``FINDINGS``.
+
+    Args:
+        checkpoint: Model and preprocessing.
+        path: NIfTI file or DICOM folder.
+        config: How to score.
+        prompt_vectors: Prompts that :func:`ctclip.evaluation.prompts.encode_prompts` encoded
+            before, ``(findings, 2, E)``; the text tower isn't used then.
 
     Raises:
         VolumeError: If the scan can't be read, or its values are not HU and nobody accepted it.
@@ -55,7 +65,8 @@ def score_volume(
     vector, _ = embed_file(
         checkpoint, path, device=config.device, accept=config.accept, rescale=config.rescale
     )
-    prompt_vectors = prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts))
+    if prompt_vectors is None:
+        prompt_vectors = prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts))
     row = scores_of(checkpoint, vector[None], prompt_vectors, kind_of(checkpoint, config))[0]
     return dict(zip(FINDINGS, row.tolist(), strict=True))
 
@@ -101,7 +112,9 @@ def run(
     name = Path(ckpt).stem
     folder = Path(out)
     if volume is not None:
-        found = score_volume(checkpoint, volume, config)
+        vectors = prompts.encode_prompts(checkpoint, prompts.of(checkpoint, config.prompts))
+        del checkpoint.model.text  # a third of CT-CLIP, and never needed again
+        found = score_volume(checkpoint, volume, config, vectors)
         development = development_auroc(checkpoint, config)
         folder.mkdir(parents=True, exist_ok=True)
         said = header(checkpoint, prompts.of(checkpoint, config.prompts), config, name)

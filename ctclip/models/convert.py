@@ -19,7 +19,7 @@ from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.head import LinearHead
 from ctclip.models.text import CXR_BERT, TextConfig
-from ctclip.models.weights import read_weights
+from ctclip.models.weights import EmptyParameters, read_weights
 
 _PREFIXES = ("module.", "trained_model.", "_orig_mod.")
 """What DDP, the ClassFine script and torch.compile put before a key."""
@@ -198,7 +198,8 @@ def convert(
     renamed["visual.codebook.embed"] = renamed["visual.codebook.embed"].squeeze(0)
     for scalar_or_row in ("logit_scale", "visual.codebook.usage"):
         renamed[scalar_or_row] = renamed[scalar_or_row].reshape(-1)
-    model = build_model(config, hf_config=hf_config)
+    with EmptyParameters():
+        model = build_model(config, hf_config=hf_config)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     problems = [f"missing {_original(name)}" for name in wanted if name not in renamed]
     problems += [f"{key} has no place" for key, name in matched.items() if name not in wanted]
@@ -228,7 +229,7 @@ def convert(
                 f"{source}: {key} holds NaN or infinite values; its training went wrong or the "
                 "file is damaged, take an earlier checkpoint or fetch it again"
             )
-    model.load_state_dict({name: value.float() for name, value in renamed.items()})
+    model.load_state_dict({name: value.float() for name, value in renamed.items()}, assign=True)
     if head is not None:
         weight, bias = (value.float() for value in classifier)
         head.linear.load_state_dict({"weight": weight, "bias": bias})

@@ -1,15 +1,19 @@
-"""Weights out of other projects' files, read without running code from them."""
+"""Weights out of files, read without running code from them and without holding them twice."""
 
+import math
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -56,3 +60,43 @@ def read_weights(path: Path) -> Any:
         "objects that could run code when loaded, which ctclip never does; fetch it again and "
         "compare its size with the original's"
     )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, in memory of their own.
+
+    The library's reader maps the file instead: whoever copies another one over it later would
+    change, or kill, a model that is in use. The largest come first, each from a map of its own, so
+    that never more than one tensor is held twice.
+
+    Raises:
+        SafetensorError: If the file is damaged.
+        OSError: If it can't be read.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
+    tensors = {}
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        with safe_open(path, framework="pt") as file:
+            tensors[name] = file.get_tensor(name).clone()
+    return tensors
+
+
+class EmptyParameters(TorchFunctionMode):
+    """Inside, ``torch.empty``, which modules make their parameters of, takes no memory.
+
+    For a model whose weights ``load_state_dict(assign=True)`` brings: spares their random start.
+    Buffers stay real; what no file holds (positions, frequencies) is computed when they are made.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``, on the meta device if it is ``torch.empty``."""
+        place = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **place})
