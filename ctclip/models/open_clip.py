@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from ctclip import config as config_module
+from ctclip.models import bert_family
 from ctclip.models.ctclip import ModelConfig
 from ctclip.models.ctvit import CTViT, CTViTConfig
-from ctclip.models.text import POOLERS, register_cxr_bert, small_bert
+from ctclip.models.text import POOLERS, small_bert
 from ctclip.models.vit3d import VisionConfig, ViT3D
 
 Tower = TypeVar("Tower", VisionConfig, CTViTConfig)
@@ -151,6 +152,6 @@ def ctclip_ctvit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return CTViT.from_config(ctvit, embed_dim=kwargs.get("num_classes") or 512)
 
 
-register_cxr_bert()
+bert_family.register()
 for _path in sorted(CONFIGS.glob("*.json")):
     register_file(_path)

@@ -1,4 +1,4 @@
-"""The text tower: any Hugging Face BERT through open_clip's ``HFTextEncoder``, and its tokenizer.
+"""The text tower: a BERT of Hugging Face through open_clip's ``HFTextEncoder``, and its tokenizer.
 
 This module is the one seam to open_clip's text side and to transformers. B texts, L tokens, E
 embedding width.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctclip.config import require_at_least
+from ctclip.models.bert_family import hf_config_of, layout_of
 from ctclip.models.ctvit import Codebook
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def build_tokenizer(config: TextConfig) -> Tokenizer:
     if name is None:
         return Tokenizer.builtin(config.context_length, config.truncation)
     tokenizer = Tokenizer.from_pretrained(name, config.context_length, config.truncation)
-    require_fit(tokenizer, _hf_config(read_hf_config(name)), name, f"the text tower of {name}")
+    require_fit(tokenizer, hf_config_of(read_hf_config(name)), name, f"the text tower of {name}")
     return tokenizer
 
 
@@ -316,10 +317,10 @@ def build_text_tower(
         tower = _encoder(read_hf_config(config.name_or_path), embed_dim, config.pooling)
         if pretrained:
             with _explained(config.name_or_path, "weights"):
+                has_pooler = layout_of(tower.config.model_type).has_pooler
+                options = {"add_pooling_layer": config.pooling == "pooler"} if has_pooler else {}
                 weights = type(tower.transformer).from_pretrained(
-                    config.name_or_path,
-                    config=tower.config,
-                    add_pooling_layer=config.pooling == "pooler",
+                    config.name_or_path, config=tower.config, **options
                 )
             # transformers keeps a file's own dtype; half of a tower in fp16 helps nobody.
             tower.transformer = weights.float()
@@ -338,23 +339,23 @@ def set_trainable(tower: "HFTextEncoder", config: TextConfig) -> None:
     Raises:
         ValueError: If ``last-n`` asks for more layers than there are.
     """
-    bert = tower.transformer
+    bert, layout = tower.transformer, layout_of(tower.config.model_type)
     match config.train:
         case "full":
             bert.requires_grad_(True)
         case "frozen":
             freeze(bert)
         case "last-n":
-            layers = bert.encoder.layer
+            layers = layout.layers_of(bert)
             if not 0 < config.train_layers <= len(layers):
                 raise ValueError(
                     f"train_layers is {config.train_layers}; this BERT has {len(layers)}"
                 )
-            for part in (bert.embeddings, *list(layers)[: -config.train_layers]):
+            for part in (*layout.embeddings_of(bert), *layers[: -config.train_layers]):
                 freeze(part)
         case "lora":
             bert.requires_grad_(False)
-            tower.transformer = _with_lora(bert, config.lora_rank)
+            tower.transformer = _with_lora(bert, config.lora_rank, layout.adapted)
 
 
 def freeze(module: nn.Module) -> None:
@@ -370,12 +371,12 @@ def freeze(module: nn.Module) -> None:
             part.decay = 1.0
 
 
-def _with_lora(bert: nn.Module, rank: int) -> nn.Module:
+def _with_lora(bert: nn.Module, rank: int, adapted: tuple[str, ...]) -> nn.Module:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ImportError('text.train="lora" needs peft; run: pip install "ctclip[lora]"') from None
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(adapted))
     return inject_adapter_in_model(adapters, bert)
 
 
@@ -411,46 +412,15 @@ def read_hf_config(name_or_path: str) -> dict[str, Any]:
     return values
 
 
-def register_cxr_bert() -> None:
-    """Teach transformers and open_clip that a ``cxr-bert`` is a BERT.
-
-    Its repository offers remote code instead, which we never run; CT-CLIP too reads it as a BERT.
-    """
-    from open_clip.hf_configs import arch_dict
-    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
-
-    class CXRBertConfig(BertConfig):
-        model_type = "cxr-bert"
-
-    class CXRBertModel(BertModel):
-        config_class = CXRBertConfig
-
-    if "cxr-bert" not in arch_dict:
-        arch_dict["cxr-bert"] = arch_dict["bert"]
-        AutoConfig.register("cxr-bert", CXRBertConfig)
-        AutoModel.register(CXRBertConfig, CXRBertModel)
-
-
-def _hf_config(values: dict[str, Any]) -> Any:
-    """The Hugging Face config object of a ``config.json``'s values."""
-    from open_clip.hf_configs import arch_dict
-    from transformers import AutoConfig
-
-    register_cxr_bert()
-    values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
-    model_type = values.pop("model_type", "bert")
-    if model_type not in arch_dict:
-        raise ValueError(
-            f"text model type {model_type!r} is not one that open_clip knows: "
-            f"{', '.join(sorted(arch_dict))}"
-        )
-    return AutoConfig.for_model(model_type, **values)
-
-
 def _encoder(hf_config: dict[str, Any], embed_dim: int, pooling: str) -> "HFTextEncoder":
     from open_clip.hf_model import HFTextEncoder
 
-    config = _hf_config(hf_config)
+    config = hf_config_of(hf_config)
+    layout = layout_of(config.model_type)
+    if pooling == "pooler" and not layout.has_pooler:
+        raise ValueError(
+            f'a {config.model_type} has no pooler layer: set text.pooling to "cls" or "mean"'
+        )
     tower = HFTextEncoder(
         "",
         embed_dim,
@@ -458,11 +428,9 @@ def _encoder(hf_config: dict[str, Any], embed_dim: int, pooling: str) -> "HFText
         pooler_type=POOLERS[pooling],
         proj_type="linear",
     )
-    if config.model_type in ("roberta", "xlm-roberta"):
-        tower.context_length -= (
-            config.pad_token_id + 1
-        )  # their positions start behind the padding's
-    if pooling != "pooler":
+    if layout.positions_after_padding:
+        tower.context_length -= config.pad_token_id + 1
+    if layout.has_pooler and pooling != "pooler":
         # Without this BERT keeps a layer that never gets a gradient, which ZeRO and DDP dislike.
         tower.transformer.pooler = None
     return tower

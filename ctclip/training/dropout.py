@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ctclip.models.bert_family import is_attention
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -74,7 +76,8 @@ class SampleDropout(nn.Module):
 def make_reproducible(model: nn.Module) -> SampleKeys:
     """Replace every ``nn.Dropout`` of a model; weights and state dict stay as they are.
 
-    Dropout of attention probabilities is switched off: the fused kernel draws its own mask.
+    Dropout inside attention is switched off: the fused kernel draws its own mask, and DeBERTa's
+    distances are shared by all rows.
 
     Returns:
         The object in which the caller sets the keys of the rows before a forward.
@@ -82,9 +85,9 @@ def make_reproducible(model: nn.Module) -> SampleKeys:
     sample_keys = SampleKeys()
     layer = 0
     for module in list(model.modules()):
+        in_attention = is_attention(module)
         for name, child in list(module.named_children()):
             if type(child) is nn.Dropout:
-                in_attention = hasattr(module, "query") and hasattr(module, "key")
                 p = 0.0 if in_attention else child.p
                 setattr(module, name, SampleDropout(p, layer, sample_keys))
                 layer += 1
