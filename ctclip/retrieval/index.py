@@ -49,17 +49,21 @@ from ctclip.retrieval.search import (
 logger = logging.getLogger(__name__)
 
 IndexType = Literal["FLAT", "HNSW"]
+PartitionField = Literal["hospital", "manufacturer", "sex", "split"]
+"""What an archive can be partitioned by: what a filter asks for by its values."""
 
 HEADER_PROPERTY = "ctclip.header"
 PURGE_PROPERTY = "ctclip.purge"
 HEADER_VERSION = 1
 
 BATCH_ROWS = 1000
+FETCHED_ROWS = 64
 MAX_LIMIT = 16_384
 """Milvus returns no more rows than this from one search."""
 
-EXACT_ROWS = 20_000
-"""An approximate index is bypassed when a filter leaves no more rows than this."""
+EXACT_ROWS = MAX_LIMIT
+"""An approximate index is bypassed when a filter leaves no more rows than this: one answer of the
+server holds them all, where reading them in batches waits seven times as long."""
 
 ID_BYTES, FIELD_BYTES = 512, 60_000
 ROUNDING = 4e-6
@@ -71,6 +75,9 @@ HNSW_EF = (256, 512, 1024, 2048, 4096)
 
 MIN_RECALL = 0.99
 RECALL_QUERIES, RECALL_K = 64, 10
+
+PARTITIONS = 16
+"""Values are spread over so many partitions by their hash."""
 
 ONE_LIST = {"nlist": 1}
 ALL_LISTS = 65_536
@@ -114,6 +121,7 @@ class MilvusArchive:
         *,
         background: Background | None = None,
         index: IndexType | None = None,
+        partition_by: PartitionField | None = None,
         name: str = "ctclip",
         token: str = "",
     ) -> "MilvusArchive":
@@ -126,10 +134,18 @@ class MilvusArchive:
             index: ``FLAT`` is exact; ``HNSW`` is fast and approximate, and given up for ``FLAT``
                 where it finds less than 99 % of the ten nearest of the table's own vectors. By
                 default exact in a file and ``HNSW`` on a server.
+            partition_by: On a server, keep the volumes of one hospital (say) together: a search
+                that is filtered by it goes through theirs alone.
             name: The archive's name within the store.
             token: The server's ``user:password``.
+
+        Raises:
+            EmbeddingError: If the table is of reports, a file is to be partitioned, or the table
+                doesn't carry the field to partition by.
         """
         _require_volumes(table)
+        if partition_by is not None:
+            _require_partitions(str(uri), partition_by, table)
         reference = Reference.of(table)
         client = _connect(str(uri), token)
         try:
@@ -141,6 +157,7 @@ class MilvusArchive:
                 "has_scores": table.scores is not None,
                 "values": distinct_values(table.fields),
                 "index": index or ("FLAT" if _is_file(str(uri)) else "HNSW"),
+                "partition_by": partition_by,
                 "background": asdict(background or Background.of(table)),
                 "reference": asdict(reference) if reference else None,
                 "transform": (
@@ -154,7 +171,13 @@ class MilvusArchive:
         if archive.index == "HNSW" and not archive._reaches_recall(table.vectors_for_reports):
             archive.close()
             return cls.build(
-                uri, table, background=background, index="FLAT", name=name, token=token
+                uri,
+                table,
+                background=background,
+                index="FLAT",
+                partition_by=partition_by,
+                name=name,
+                token=token,
             )
         return archive
 
@@ -254,8 +277,29 @@ class MilvusArchive:
         return hits, len(hits) == k and hits[-1].similarity > bound
 
     def _search_all(self, query: Query, k: int, per_patient: int, expression: str) -> list[Hit]:
-        rows = [row for batch in self._read(expression) for row in batch]
-        return collapse(self._ranked(rows, query), query, k, per_patient)
+        few = self._ask(
+            self._client.query, filter=expression, output_fields=["vector"], limit=MAX_LIMIT
+        )
+        if not few:
+            return []
+        ids: list[str] = []
+        exact: list[np.ndarray] = []
+        for batch in [few] if len(few) < MAX_LIMIT else self._read(expression, "vector"):
+            ids += [row["volume_id"] for row in batch]
+            vectors = np.array([row["vector"] for row in batch], dtype=np.float32)
+            exact.append(similarities(vectors, query.vector))
+        order = np.lexsort((np.array(ids), -np.concatenate(exact)))
+        best_first = self._in_order([ids[row] for row in order], query)
+        return collapse(best_first, query, k, per_patient)
+
+    def _in_order(self, ids: Sequence[str], query: Query) -> Iterator[Hit]:
+        """Read volumes that are ordered already, a few at a time for as long as more are asked."""
+        for start in range(0, len(ids), FETCHED_ROWS):
+            wanted = quoted_list(ids[start : start + FETCHED_ROWS])
+            found = self._ask(
+                self._client.query, filter=f"volume_id in {wanted}", output_fields=["*"]
+            )
+            yield from self._ranked(found, query)
 
     def _ranked(self, rows: Sequence[Mapping[str, Any]], query: Query) -> Iterator[Hit]:
         if not rows:
@@ -311,6 +355,10 @@ class MilvusArchive:
     def insert(self, table: EmbeddingTable) -> None:
         """Add volumes, or replace those of the same identifier; durable when it returns.
 
+        Interrupted, it is repeated: what it had added is then replaced. In a partitioned archive a
+        volume that is being replaced is absent for a moment, and an interruption can leave it so
+        until then.
+
         Raises:
             EmbeddingError: If the table is of reports, of another model, or carries other fields.
         """
@@ -327,7 +375,7 @@ class MilvusArchive:
                 distinct_values({name: [*known[name], *values] for name, values in new.items()})
             )
             for batch in _batches(table):
-                self._client.upsert(self.name, batch)
+                _write(self._client, self.name, self._header, batch)
 
     def withdraw(self, patients: Iterable[str]) -> int:
         """Remove all that the archive holds of some patients, from its files too.
@@ -453,6 +501,7 @@ class MilvusArchive:
         self.width: int = self._header["width"]
         self.has_scores: bool = self._header["has_scores"]
         self.index: IndexType = self._header["index"]
+        self.partition_by: PartitionField | None = self._header.get("partition_by")
         self.background = Background(**self._header["background"])
         reference = self._header["reference"]
         self.reference = Reference(**reference) if reference else None
@@ -466,6 +515,16 @@ def _require_volumes(table: EmbeddingTable) -> None:
             "only volumes are searched; this is a table of reports: give table=volumes.parquet, "
             "and reports=reports.parquet beside it when building"
         )
+
+
+def _require_partitions(uri: str, partition_by: PartitionField, table: EmbeddingTable) -> None:
+    if _is_file(uri):
+        raise EmbeddingError(
+            f"{uri} is a file, and only a server keeps partitions: leave partition_by out, or give "
+            "uri=http://host:19530"
+        )
+    if partition_by != "split":
+        require_fields([partition_by], list(table.fields))
 
 
 def _is_file(uri: str) -> bool:
@@ -513,7 +572,7 @@ def _replace_collection(
     collection = f"{name}_{time.time_ns()}"
     _create_collection(client, collection, header, is_embedded)
     for batch in batches:
-        client.upsert(collection, batch)
+        _write(client, collection, header, batch)
     client.flush(collection)
     if header["index"] == "HNSW":
         _load_indexed(client, collection)
@@ -525,6 +584,18 @@ def _replace_collection(
         stem, _, stamp = other.rpartition("_")
         if stem == name and stamp.isdigit() and other != collection:
             client.drop_collection(other)  # the old one, and what an interrupted rebuild left
+
+
+def _write(
+    client: Any, collection: str, header: Mapping[str, Any], batch: list[dict[str, Any]]
+) -> None:
+    if not header.get("partition_by"):
+        client.upsert(collection, batch)
+        return
+    # Milvus 2.3's upsert puts rows into the partitions of other rows, where no filter finds them
+    ids = quoted_list(row["volume_id"] for row in batch)
+    client.delete(collection, filter=f"volume_id in {ids}")
+    client.insert(collection, batch)
 
 
 def _load_indexed(client: Any, collection: str) -> None:
@@ -542,10 +613,16 @@ def _create_collection(
 
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("volume_id", DataType.VARCHAR, is_primary=True, max_length=ID_BYTES)
+    together = header.get("partition_by")
+
+    def add_text(column: str, max_length: int, is_partition_key: bool = False) -> None:
+        key = {"is_partition_key": True} if is_partition_key else {}
+        schema.add_field(column, DataType.VARCHAR, max_length=max_length, **key)
+
     for column in ("study_id", "patient_id", "split"):
-        schema.add_field(column, DataType.VARCHAR, max_length=ID_BYTES)
+        add_text(column, ID_BYTES, column == together)
     for field in header["fields"]:
-        schema.add_field(field_column(field), DataType.VARCHAR, max_length=65_535)
+        add_text(field_column(field), 65_535, field == together)
     if "age" in header["fields"]:
         schema.add_field(AGE_COLUMN, DataType.DOUBLE)
     for finding in FINDINGS:
@@ -568,6 +645,7 @@ def _create_collection(
         index_params=parameters,
         consistency_level="Strong",
         properties={HEADER_PROPERTY: json.dumps(header)},
+        **({"num_partitions": PARTITIONS} if together else {}),
     )
 
 

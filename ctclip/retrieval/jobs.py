@@ -37,6 +37,9 @@ class IndexConfig:
     """Fitted on the table's training split when building (on all rows where there is none)."""
 
     index: Literal["FLAT", "HNSW"] | None = None
+    partition_by: Literal["hospital", "manufacturer", "sex", "split"] | None = None
+    """On a server: keep the volumes of one hospital (say) together."""
+
     patients: tuple[str, ...] = ()
     """Whom to withdraw."""
 
@@ -68,6 +71,7 @@ def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
             table,
             background=background,
             index=config.index,
+            partition_by=config.partition_by,
             name=config.name,
             token=config.token,
         )
@@ -112,10 +116,12 @@ def run_index(config: IndexConfig, scorer: Scorer | None = None) -> None:
         elif config.action == "backup":
             num_volumes = archive.backup(_needed(config.out, "out"))
             console.print(f"wrote {num_volumes} volumes to {config.out}")
+        together = archive.partition_by
+        partitioned = f", partitioned by {together}" if together else ""
         console.print(
-            f"{config.uri} ({archive.index}): {len(archive)} volumes of width {archive.width}, "
-            f"fields {', '.join(archive.fields) or 'none'}, scores {archive.has_scores}, "
-            f"model {archive.provenance.get('checkpoint', '?')[:12]}"
+            f"{config.uri} ({archive.index}{partitioned}): {len(archive)} volumes of width "
+            f"{archive.width}, fields {', '.join(archive.fields) or 'none'}, "
+            f"scores {archive.has_scores}, model {archive.provenance.get('checkpoint', '?')[:12]}"
         )
 
 

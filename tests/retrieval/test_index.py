@@ -77,12 +77,13 @@ def place(request, tmp_path):
         yield found
 
 
-@pytest.fixture(scope="module", params=["file", "server"])
+@pytest.fixture(scope="module", params=["file", "server", "partitioned server"])
 def pair(request, tmp_path_factory):
     table = archive_table()
+    together = "hospital" if "partitioned" in request.param else None
     with (
         new_place(request.param, tmp_path_factory.mktemp("index")) as place,
-        MilvusArchive.build(**place, table=table) as archive,
+        MilvusArchive.build(**place, table=table, partition_by=together) as archive,
     ):
         yield archive, MemoryArchive(table)
 
@@ -217,6 +218,43 @@ def test_inserting_twice_doubles_nothing_and_updates_what_changed(place):
 
         assert len(archive) == 40
         assert set(archive.rows(study_id="p0_a").fields["sex"]) == {"F"}
+
+
+@pytest.fixture
+def partitioned(tmp_path):
+    with new_place("server", tmp_path) as place:
+        MilvusArchive.build(**place, table=archive_table(60), partition_by="hospital").close()
+        yield place
+
+
+def test_a_volume_that_moves_to_another_partition_is_found_there_and_only_there(partitioned):
+    table = archive_table(60)
+    moved = replace(table, fields=table.fields | {"hospital": ["Ü"] * 60})
+    with MilvusArchive(**partitioned) as archive:
+        assert archive.partition_by == "hospital"
+        archive.insert(moved)
+        archive.insert(moved)
+
+        query = Query(vector=table.vectors[5].astype(np.float64))
+        there = archive.search(query, k=60, per_patient=60, where=Filter(hospital=("Ü",)))
+        elsewhere = archive.search(query, k=60, where=Filter(hospital=('St. "Q"', "B\\C")))
+
+        expected = MemoryArchive(moved).search(query, k=60, per_patient=60)
+        assert len(archive) == 60
+        assert outcome(there) == outcome(expected)
+        assert elsewhere == []
+        assert archive.withdraw(["p1"]) == 4
+        assert len(archive) == 56
+
+
+def test_a_file_is_not_partitioned(tmp_path):
+    with pytest.raises(EmbeddingError, match="only a server keeps partitions: leave partition_by"):
+        MilvusArchive.build(tmp_path / "a.db", archive_table(8), partition_by="hospital")
+
+
+def test_a_field_that_is_not_carried_cannot_partition():
+    with pytest.raises(EmbeddingError, match="doesn't carry manufacturer"):
+        MilvusArchive.build("http://nowhere", archive_table(8), partition_by="manufacturer")
 
 
 def test_tables_of_another_model_or_other_fields_are_refused(place):
