@@ -183,11 +183,17 @@ def test_a_text_finds_cases_and_has_a_permanent_link(tab, address):
     tab.wait_for_selector("#cases li h3")
     studies = tab.locator("#cases h3").all_inner_texts()
 
-    tab.goto(f"{address}/#{tab.evaluate('page.result.id')}")
+    handle = tab.evaluate("page.result.id")
+    tab.goto(f"{address}/#{handle}")
     tab.reload()
     tab.wait_for_selector("#cases li h3")
     assert tab.locator("#cases h3").all_inner_texts() == studies
     assert tab.inner_text("#asked").endswith("compressive atelectasis” · Filters: sex: F")
+    assert tab.input_value("#text") == "bilateral pleural effusion with compressive atelectasis"
+    assert tab.input_value("#field-sex") == "F"
+    tab.click("#search")
+    until(tab, f"page.result.id !== '{handle}'")
+    assert tab.locator("#cases h3").all_inner_texts() == studies
     with tab.expect_download() as download:
         tab.click("#as-html")
     assert "For research only" in Path(download.value.path()).read_text(encoding="utf-8")

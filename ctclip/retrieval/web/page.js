@@ -72,16 +72,20 @@ function fill(select, pairs) {
 
 // Filters -------------------------------------------------------------------------------------
 
-function buildFilters() {
-  const kept = readFilters();
+// What stands for an end that was left open.
+const OPEN = { age: [0, 150], date: ["0000-01-01", "9999-12-31"] };
+
+function buildFilters(kept = readFilters()) {
   const rows = [];
   for (const [name, values] of Object.entries(page.info.fields)) {
     const label = make("label", {}, make("span", { textContent: word(name) }), make("br"));
-    if (name === "age" || name === "date") {
+    if (name in OPEN) {
       const type = name === "age" ? "number" : "date";
       for (const end of [0, 1]) {
         const hint = word(end ? "to" : "from");
-        label.append(make("input", { type, id: `${name}-${end}`, value: kept[name]?.[end] ?? "", placeholder: hint, ariaLabel: `${word(name)} ${hint}` }), " ");
+        const bound = kept[name]?.[end] ?? "";
+        const value = bound === OPEN[name][end] ? "" : bound;
+        label.append(make("input", { type, id: `${name}-${end}`, value, placeholder: hint, ariaLabel: `${word(name)} ${hint}` }), " ");
       }
     } else {
       const select = make("select", { id: `field-${name}` });
@@ -103,10 +107,10 @@ function buildFilters() {
 function readFilters() {
   const where = {};
   for (const name of Object.keys(page.info.fields)) {
-    if (name === "age" || name === "date") {
-      const [low, high] = [0, 1].map((end) => $(`${name}-${end}`)?.value ?? "");
-      if (low || high) {
-        where[name] = name === "age" ? [Number(low || 0), Number(high || 150)] : [low || "0000-01-01", high || "9999-12-31"];
+    if (name in OPEN) {
+      const bounds = [0, 1].map((end) => $(`${name}-${end}`)?.value || OPEN[name][end]);
+      if (bounds.some((bound, end) => bound !== OPEN[name][end])) {
+        where[name] = name === "age" ? bounds.map(Number) : bounds;
       }
     } else {
       const value = $(`field-${name}`)?.value;
@@ -421,7 +425,27 @@ async function suggest() {
 async function restore() {
   const handle = location.hash.slice(1);
   if (!handle || handle === page.result?.id) return;
-  try { show(await request(`/api/results/${encodeURIComponent(handle)}`)); } catch (error) { complain(error); }
+  try {
+    const result = await request(`/api/results/${encodeURIComponent(handle)}`);
+    askAgain(result.question);
+    show(result);
+  } catch (error) {
+    complain(error);
+  }
+}
+
+// The form as it was when a saved result was asked, so that the next search starts from there.
+function askAgain({ scan, study, text, text_weight: weight, more, less, where, k, per_patient: perPatient }) {
+  page.scan = scan;
+  $("chosen").textContent = scan ? word("uploaded_scan") : "";
+  $("study").value = study ?? "";
+  $("text").value = text ?? "";
+  $("weight").value = weight;
+  $("count").value = k;
+  $("per-patient").value = perPatient;
+  page.examples = { more: [...more], less: [...less] };
+  renderExamples();
+  buildFilters(where);
 }
 
 function showLogin() {
