@@ -42,6 +42,7 @@ META_COLUMNS = (
     "kernel",
     "slice_thickness_mm",
     "contrast",
+    "date",
 )
 """Columns kept as ``meta`` under their own name; any other needs the prefix ``meta_``."""
 

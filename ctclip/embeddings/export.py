@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FIELDS = ("sex", "age", "manufacturer", "kernel")
 """What a table carries about a patient unless told otherwise: no text, name or date."""
+
+_DATE = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)(?:[T ].*)?")
+"""ISO 8601 and DICOM's; a table carries the first, which a filter can compare."""
 
 REPORT_FIELDS = ("report", "findings", "impression")
 MAX_AGE_YEARS = 89
@@ -317,6 +321,9 @@ def _field(record: "VolumeRecord", name: str) -> str:
             return str(MAX_AGE_YEARS + 1) if float(value) > MAX_AGE_YEARS else value
         except ValueError:
             return ""
+    if name == "date":
+        found = _DATE.fullmatch(value.strip())
+        return "-".join(found.groups()) if found else ""
     return value
 
 

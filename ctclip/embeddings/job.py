@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,7 @@ from ctclip.embeddings.table import EmbeddingError, EmbeddingTable
 
 if TYPE_CHECKING:
     from ctclip.checkpoint import Checkpoint
+    from ctclip.data.manifest import VolumeRecord
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ def run(config: EmbedConfig) -> dict[str, EmbeddingTable]:
         )
         _say_what_was_cut(checkpoint)
     if distributed.is_main():
+        if "date" in config.fields:
+            _say_what_is_no_date(records, tables)
         console = Console()
         for kind, table in tables.items():
             console.print(f"{kind}s → {config.out / f'{kind}s.parquet'}: {health(table)}")
@@ -114,6 +118,25 @@ def _say_what_was_cut(checkpoint: "Checkpoint") -> None:
             tokenizer.context_length,
             tokenizer.truncation,
             tokens,
+        )
+
+
+def _say_what_is_no_date(
+    records: Sequence["VolumeRecord"], tables: dict[str, EmbeddingTable]
+) -> None:
+    written = {record.volume_id: record.meta.get("date", "") for record in records}
+    others = {
+        volume: written[volume]
+        for table in tables.values()
+        for volume, day in zip(table.volume_id, table.fields["date"], strict=True)
+        if written.get(volume) and not day
+    }
+    if others:
+        logger.warning(
+            "%d dates are left out, because they are neither 2024-01-31 nor 20240131: %r (%s) is "
+            "the first",
+            len(others),
+            *next((day, volume) for volume, day in others.items()),
         )
 
 

@@ -65,6 +65,24 @@ def test_ages_above_89_are_one_class_unless_asked_for():
     assert table.fields["exact_age"][29:33] == ["89", "90", "91", "92"]
 
 
+@pytest.mark.parametrize(
+    ("written", "carried"),
+    [
+        ("2024-01-31", "2024-01-31"),
+        ("20240131", "2024-01-31"),
+        ("2024-01-31T10:15:00", "2024-01-31"),
+        ("31.01.2024", ""),
+        ("", ""),
+    ],
+)
+def test_dates_are_carried_as_a_filter_compares_them(written, carried):
+    cohort = StubCohort(2)
+    for record in cohort.records:
+        record.meta["date"] = written
+
+    assert embed_volumes(StubCheckpoint(), cohort, fields=("date",)).fields["date"] == [carried] * 2
+
+
 def test_a_second_call_computes_nothing(tmp_path):
     checkpoint, out = StubCheckpoint(), tmp_path / "v.parquet"
     first = embed_volumes(checkpoint, StubCohort(9), out=out)
