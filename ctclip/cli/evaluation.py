@@ -13,7 +13,11 @@ def zero_shot(argv: Sequence[str] | None = None) -> None:
     python eval/zero_shot.py --ckpt model.safetensors --volume scan.nii.gz
     """
     parser = new_parser(zero_shot.__doc__, "zero_shot")
-    parser.add_argument("--ckpt", required=True, help="model.safetensors, or a CT-CLIP .pt file")
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        help="model.safetensors, a folder of ctclip.hub, or a CT-CLIP .pt file",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cohort", help="folder that ctclip-prepare wrote")
     source.add_argument("--volume", help="one scan: NIfTI file or DICOM folder")
