@@ -1,7 +1,7 @@
 """What would a pretraining run take on 1 to 1,024 GPUs? A model with few assumptions, all printed.
 
 python benchmarks/cost_model.py --out benchmarks/results/cost_model.json
-python benchmarks/cost_model.py --volumes-per-s 148      # put in what train_step.py measured
+python benchmarks/cost_model.py --volumes-per-s 69       # put in what train_step.py measured
 
 time of a step = max(compute, reading) + the communication that compute doesn't hide
 """
@@ -17,10 +17,12 @@ from pathlib import Path
 class Assumptions:
     """Defaults: the base tower at 112 x 336 x 336 with CXR-BERT on H200s."""
 
-    volumes_per_s: float = 148.0
-    """One GPU: 989 TFLOP/s x 45 % MFU / 2.25 TFLOP a study, and GradCache's second forward."""
+    volumes_per_s: float = 69.0
+    """One GPU: 989 TFLOP/s x 45 % MFU / 6.4 TFLOP a study. That is 3.7 forward and backward and 1.2
+    for each repeated forward, GradCache's and activation checkpointing's (``ctclip-describe
+    configs/pretrain/base.yaml --size 112 336 336``), and some 0.3 for report and sentence."""
 
-    weights: float = 200e6
+    weights: float = 229e6
     """Trained parameters of both towers."""
 
     embed_dim: int = 512

@@ -146,6 +146,9 @@ def _run(settings: dict[str, Any], said: Any) -> None:
     _poison(settings.pop("poisoned_steps", ()))
     try:
         job.run(config.from_dict(job.PretrainConfig, settings), evaluators)
+    except SystemExit as leaving:
+        said.flush()
+        os._exit(int(leaving.code or 0))
     except BaseException:
         traceback.print_exc(file=sys.stderr)
         said.flush()

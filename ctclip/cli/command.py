@@ -52,7 +52,7 @@ def command(function: Command) -> Command:
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             if _speaks_first():
-                print("interrupted; the same command goes on from here", file=sys.stderr)
+                print("interrupted; the same command goes on from what is saved", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run

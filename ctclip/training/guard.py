@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SKIPPED = "skipped_steps.jsonl"
 
 
-class Diverged(RuntimeError):
+class Diverged(ValueError):
     """Too many steps in a row had no usable gradient."""
 
 
@@ -60,6 +60,21 @@ def explained_memory(micro_batch_size: int) -> Iterator[None]:
             f"micro_batch_size {micro_batch_size} does not fit {memory}; halve it (the loss and "
             f"its gradients stay the same), or set engine.activation_checkpointing=true"
         ) from error
+
+
+@contextlib.contextmanager
+def leaves_on_sigterm() -> Iterator[None]:
+    """Exit cleanly on SIGTERM while there is nothing to save yet."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        logger.warning("asked to terminate before the first step: nothing to save, stopping")
+        raise SystemExit(0)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Guard:
@@ -107,6 +122,11 @@ class Guard:
         self.should_stop = self.should_stop or stop
         return not bad
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the model is one to save and measure: its last step was taken."""
+        return self.in_a_row == 0
+
     def took_step(self) -> None:
         """Note a good step."""
         self.in_a_row = 0
@@ -136,6 +156,7 @@ class Guard:
         if self.in_a_row >= self._config.max_skipped:
             raise Diverged(
                 f"{self.in_a_row} steps in a row had no usable gradient (the last at step {step}); "
-                f"the newest checkpoint is from before them. Look at {self._path} for a study that "
-                f"repeats, or lower optim.lr, then start the same command again"
+                f"the newest checkpoint is from before them. If {self._path} names a study that "
+                f"repeats, take it out of the cohort; else train anew with a lower optim.lr, in "
+                f"another folder (out=FOLDER)"
             )

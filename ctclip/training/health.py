@@ -28,7 +28,8 @@ def embedding_health(image: Tensor, text: Tensor) -> dict[str, float]:
     distance = torch.pdist(image).square()
     cosine = image @ text.T
     # Equal reports differ in the last bit of their cosines; they are not ahead of each other.
-    rank = (cosine > cosine.diagonal()[:, None] + 1e-6).sum(dim=1)
+    # "Not below" instead of "above": what is no number finds nothing.
+    rank = (~(cosine <= cosine.diagonal()[:, None] + 1e-6)).sum(dim=1)
     return {
         "effective_dim": float(total.square() / gram.square().sum().clamp(min=1e-12)),
         "alignment": float((image - text).square().sum(dim=-1).mean()),

@@ -155,8 +155,9 @@ class Monitor:
         text = " ".join(f"{name}={value:.4g}" for name, value in numbers.items())
         with _above(self._bar):
             logger.info("step %d %s", step, text)
+        finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         for tracker in self._trackers:
             tracker.write(step, numbers)
 

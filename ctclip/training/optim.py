@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +79,11 @@ class EngineConfig:
     """torch.compile the volume tower's blocks. Wants a C++ compiler and a minute at the start."""
 
 
+TOWERS = ("visual", "text")
+
+_LAYER = re.compile(r"\.(blocks|layers?|spatial|temporal)\.(\d+)\.")
+_BEFORE_LAYERS = re.compile(r"\.(stem|prefix|positions?|offset_bias|\w*embeddings\w*)\b")
+
 OURS = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -146,15 +152,16 @@ def param_groups(model: "CTCLIP", config: OptimConfig) -> list[dict[str, Any]]:
         optimizer's state finds its parameters again.
     """
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    depth = _num_layers(name for name, _ in model.named_parameters())
+    layers = _layers_of([name for name, _ in model.named_parameters()])
+    top = {tower: max(layers[n] for n in layers if n.startswith(tower)) for tower in TOWERS}
     never_decays = model.no_weight_decay()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        tower = name.split(".")[0] if name.startswith(("visual.", "text.")) else ""
+        tower = name.split(".")[0]
         scale = {"visual": config.volume_lr_scale, "text": config.text_lr_scale}.get(tower, 1.0)
-        if tower and config.layer_decay < 1.0:
-            scale *= config.layer_decay ** (depth[tower] - _layer_of(name, depth[tower]))
+        if tower in TOWERS:
+            scale *= config.layer_decay ** (top[tower] - layers[name])
         decays = parameter.ndim >= 2 and name not in never_decays
         group = groups.setdefault(
             (scale, decays),
@@ -343,27 +350,22 @@ def _refuse(zero: Mapping[str, Any], engine: EngineConfig, optim: OptimConfig, s
         )
 
 
-def _num_layers(names: Iterable[str]) -> dict[str, int]:
-    """For each tower, the index after its last numbered layer."""
-    deepest = {"visual": 0, "text": 0}
-    for name in names:
-        tower = name.split(".")[0]
-        if tower in deepest and "stem" not in name:
-            deepest[tower] = max(deepest[tower], _number_in(name) + 2)
-    return deepest
+def _layers_of(names: Sequence[str]) -> dict[str, int]:
+    """How deep each parameter of the towers lies.
 
-
-def _layer_of(name: str, depth: int) -> int:
-    """0 for what comes before the first layer, ``depth`` for what follows the last."""
-    if any(word in name for word in ("embed", "stem", "position", "prefix")):
-        return 0
-    number = _number_in(name)
-    return number + 1 if number >= 0 else depth
-
-
-def _number_in(name: str) -> int:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else -1
+    0 before the first layer, 1 in the first, one more than in the last behind it. CT-ViT's temporal
+    layers follow its spatial ones.
+    """
+    found = {name: match for name in names if (match := _LAYER.search(name))}
+    spatial = [int(match[2]) + 1 for match in found.values() if match[1] == "spatial"]
+    before = {"temporal": max(spatial, default=0)}
+    layers = {name: before.get(m[1], 0) + int(m[2]) + 1 for name, m in found.items()}
+    for tower in TOWERS:
+        last = max((layers[name] for name in found if name.startswith(tower)), default=0)
+        for name in names:
+            if name.startswith(f"{tower}.") and name not in found:
+                layers[name] = 0 if _BEFORE_LAYERS.search(name) else last + 1
+    return layers
 
 
 def _free_port() -> int:

@@ -32,11 +32,12 @@ from ctclip.data.dataset import Batch, CohortDataset
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.volume import VolumeConfig
 from ctclip.models.ctclip import CTCLIP, ModelConfig, build_model
+from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.text import TextConfig, Tokenizer, build_tokenizer, freeze, set_trainable
 from ctclip.training import flops, health, optim, reshard, resume
 from ctclip.training.batches import StepBuilder
 from ctclip.training.grad_cache import Features, accumulate
-from ctclip.training.guard import Guard, GuardConfig, explained_memory
+from ctclip.training.guard import Guard, GuardConfig, explained_memory, leaves_on_sigterm
 from ctclip.training.monitor import Monitor, MonitorConfig
 from ctclip.training.objective import LossConfig, Objective
 from ctclip.training.optim import EngineConfig, OptimConfig
@@ -64,7 +65,7 @@ BYTES_PER_WEIGHT = 4 * (1 + 3 + 2)
 HARMLESS = ("out", "micro_batch_size", "workers", "guard", "checkpoint", "monitor")
 """What may change when a run goes on: it doesn't move the numbers beyond rounding."""
 
-TRAINED = ("metrics.jsonl", "checkpoints", "model.safetensors", "best.safetensors")
+TRAINED = ("checkpoints", "model.safetensors", "best.safetensors")
 """Files of a run folder that hold what was computed."""
 
 Evaluator = Callable[[CTCLIP, Tokenizer], dict[str, float]]
@@ -166,7 +167,8 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             logger.info("%s is complete, nothing to train", config.out)
             _say_what_next(config, model)
         return model
-    job = _Job.prepare(config, settings, checkpoint)
+    with leaves_on_sigterm():
+        job = _Job.prepare(config, settings, checkpoint)
     with (
         resume.explained_disk_errors(job.out),
         Guard(config.guard, job.out, job.progress.skipped) as guard,
@@ -215,14 +217,18 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
 
             is_last = step == config.steps
             is_due = is_last or _every(step, config.checkpoint.evaluate_every)
-            if is_due and not guard.should_stop:  # when time is short, saving comes first
+            # When time is short, saving comes first; a diverging model is not worth measuring.
+            if is_due and guard.is_sound and not guard.should_stop:
                 monitor.write(step, job.evaluate(evaluators, done.features))
-            is_last = is_last or guard.should_stop or job.progress.is_stale(config.checkpoint)
-            if is_last or _every(step, config.checkpoint.every):
+            is_stale = job.progress.is_stale(config.checkpoint)
+            stops = is_last or is_stale or guard.should_stop
+            # Never in a row of skipped steps, after which the run may have to go back; but a run
+            # that has come to its end has a model.
+            if is_last or (guard.is_sound and (stops or _every(step, config.checkpoint.every))):
                 job.save()
-            if guard.should_stop:
-                logger.warning("asked to terminate: step %d is saved, stopping", step)
-            if is_last:
+            if distributed.is_main():
+                _say_why(config, job.progress, guard, is_stale=is_stale, is_last=is_last)
+            if stops:
                 break
     distributed.barrier()
     if distributed.is_main() and not guard.should_stop:
@@ -528,6 +534,30 @@ def _is_finished(config: PretrainConfig, checkpoint: Path) -> bool:
     return progress.step >= config.steps or progress.is_stale(config.checkpoint)
 
 
+def _say_why(
+    config: PretrainConfig, progress: Progress, guard: Guard, *, is_stale: bool, is_last: bool
+) -> None:
+    """What a run that stops here says of it."""
+    if guard.should_stop:
+        saved = "is saved" if guard.is_sound else "was skipped, the checkpoint before it stays"
+        logger.warning("asked to terminate: step %d %s, stopping", progress.step, saved)
+    elif is_stale and not is_last:
+        logger.info(
+            "stopping early at step %d: %s was best, %.4g, at step %d",
+            progress.step,
+            config.checkpoint.best_metric,
+            progress.best,
+            progress.best_step,
+        )
+    elif is_last and not guard.is_sound:
+        logger.warning(
+            "the last %d steps were skipped, so that the model is of step %d and was not measured; "
+            "the loss may have diverged",
+            guard.in_a_row,
+            progress.step - guard.in_a_row,
+        )
+
+
 def _say_what_next(config: PretrainConfig, model: Path) -> None:
     paths = (str(model), str(model), config.cohort, str(model.parent / "zero_shot"))
     logger.info(
@@ -555,7 +585,7 @@ def _checkpoint_to_load(
 def _require_no_other_run(out: Path, config: PretrainConfig) -> None:
     """Refuse a folder with what another config has trained; a config alone is no run."""
     resolved = out / "config.yaml"
-    if not resolved.exists() or not any((out / name).exists() for name in TRAINED):
+    if not resolved.exists() or not _has_trained(out):
         return
     difference = _difference(resolved, config)
     if difference:
@@ -563,6 +593,14 @@ def _require_no_other_run(out: Path, config: PretrainConfig) -> None:
             f"{out} holds a run with another config ({difference}); choose another folder with "
             f"out=FOLDER, or delete this one to start afresh"
         )
+
+
+def _has_trained(out: Path) -> bool:
+    if any((out / name).exists() for name in TRAINED):
+        return True
+    metrics = out / "metrics.jsonl"  # before the first step it holds what the warm-up measured
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return any('"step": 0,' not in line for line in lines)
 
 
 def _claim(out: Path, config: PretrainConfig) -> None:
@@ -576,11 +614,25 @@ def _claim(out: Path, config: PretrainConfig) -> None:
     distributed.barrier()
 
 
-def _difference(resolved: Path, config: PretrainConfig) -> str | None:
+def _difference(resolved: Path, config: PretrainConfig) -> str:
     before = yaml.safe_load(resolved.read_text(encoding="utf-8"))
     now = configuration.to_dict(config)
-    keys = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
-    return "; ".join(f"{key}: {before.get(key)} there, {now[key]} here" for key in keys) or None
+    for values in (before, now):
+        values["cohort"] = os.path.realpath(values["cohort"])
+        for key in HARMLESS:
+            values.pop(key, None)
+    there, here = _flat(before), _flat(now)
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as they are typed."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= nested or {f"{prefix}{key}": value}
+    return flat
 
 
 def _device() -> torch.device:
@@ -674,16 +726,38 @@ def _volume_config(config: PretrainConfig, cohort: PreparedCohort) -> VolumeConf
 
 def _model_config(config: PretrainConfig, cohort: PreparedCohort) -> ModelConfig:
     """The model's config with what follows from the rest of the run: channels, sigmoid bias."""
-    channels = _volume_config(config, cohort).channels
-    model = config.model
+    volume = _volume_config(config, cohort)
+    channels, model = volume.channels, config.model
+    if model.ctvit is not None:
+        return dataclasses.replace(model, ctvit=_ctvit(model.ctvit, volume), **_bias(config))
     if model.vision.channels not in (1, channels):
         raise ValueError(
             f"model.vision.channels is {model.vision.channels}, but there are {channels} HU windows"
         )
-    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, channels=channels))
-    if config.loss.contrastive == "siglip" and model.logit_bias_init is None:
-        model = dataclasses.replace(model, logit_bias_init=losses.siglip_bias(config.batch_size))
-    return model
+    vision = dataclasses.replace(model.vision, channels=channels)
+    return dataclasses.replace(model, vision=vision, **_bias(config))
+
+
+def _bias(config: PretrainConfig) -> dict[str, Any]:
+    if config.loss.contrastive != "siglip" or config.model.logit_bias_init is not None:
+        return {}
+    return {"logit_bias_init": losses.siglip_bias(config.batch_size)}
+
+
+def _ctvit(ctvit: CTViTConfig, volume: VolumeConfig) -> CTViTConfig:
+    """CT-ViT for the run's windows, refused where the volumes' size isn't its own."""
+    depth, *plane = volume.size
+    if tuple(plane) != tuple(ctvit.image_size) or depth % ctvit.patch[0]:
+        raise ValueError(
+            f"the cohort's volumes are {volume.size}, model.ctvit takes {ctvit.image_size} in plane"
+            f" and a depth in steps of {ctvit.patch[0]}: set model.ctvit.image_size and "
+            f"model.ctvit.patch, or prepare the cohort for them"
+        )
+    if ctvit.channels not in (1, volume.channels):
+        raise ValueError(
+            f"model.ctvit.channels is {ctvit.channels}, but there are {volume.channels} HU windows"
+        )
+    return dataclasses.replace(ctvit, channels=volume.channels)
 
 
 def _finding_rate(

@@ -81,20 +81,42 @@ def save(
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint whose checksums hold; every rank gets the same answer.
 
-    Damaged ones are named in a warning and passed over.
+    Damaged ones are named in a warning and set aside, as ``damaged_step_…``.
+
+    Raises:
+        ValueError: If there are checkpoints, all of them damaged.
     """
     found: str | None = None
+    damaged: dict[Path, str] = {}
     if distributed.is_main():
         for candidate in sorted(folder.glob("step_*"), reverse=True):
             damage = damage_of(candidate)
             if damage is None:
                 found = candidate.name
                 break
-            logger.warning(
-                "checkpoint %s is damaged (%s); going on from the one before", candidate, damage
-            )
-    found = distributed.gather_objects(found)[0]
+            damaged[candidate] = damage
+        if found is not None:
+            _set_aside(damaged)
+    found, reasons = distributed.gather_objects((found, [*damaged.values()]))[0]
+    if found is None and reasons:
+        raise ValueError(
+            f"every checkpoint in {folder} is damaged ({reasons[0]}): put intact copies there, or "
+            f"delete the run folder to train from the start"
+        )
     return folder / found if found else None
+
+
+def _set_aside(damaged: dict[Path, str]) -> None:
+    for checkpoint, damage in damaged.items():
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        logger.warning(
+            "checkpoint %s is damaged (%s); it is kept as %s, going on from the one before",
+            checkpoint,
+            damage,
+            aside.name,
+        )
 
 
 def damage_of(checkpoint: Path) -> str | None:

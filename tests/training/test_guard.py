@@ -5,6 +5,7 @@ import torch
 import toy_cohort
 from training_runs import Run, losses_of, pretrain
 
+from ctclip import checkpoint
 from ctclip.training.guard import Guard, GuardConfig, explained_memory
 
 
@@ -31,6 +32,33 @@ def test_after_several_in_a_row_the_run_stops_and_its_last_good_checkpoint_stays
     newest = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1]
     assert newest == "step_00000004"
     assert len(losses_of(tmp_path)) == 4
+
+
+def test_no_checkpoint_is_written_in_a_row_of_skipped_steps(cohort, tmp_path):
+    """Else the last good ones would make room for those of a run that diverges."""
+    changes = {"guard": {"max_skipped": 4}, "checkpoint": {"every": 1, "keep": 2}, "steps": 12}
+    run = Run(cohort, tmp_path, 1, changes | {"poisoned_steps": range(3, 99)})
+
+    assert run.wait() == [1]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000003"]
+    assert "train anew with a lower optim.lr, in another folder" in run.said()
+
+
+def test_a_run_that_diverges_has_no_best_model_and_says_so(cohort, tmp_path):
+    """Numbers of a model that answers NaN are no evaluation, and no number is written as NaN."""
+    changes = {"steps": 5, "optim": {"lr": 1e6, "warmup_steps": 1}}
+    evaluation = {"evaluate_every": 1, "best_metric": "health/report_recall_1", "every": 1}
+    run = Run(cohort, tmp_path, 1, changes | {"checkpoint": evaluation})
+
+    assert run.wait() == [0]
+    assert "steps were skipped, so that the model is of step" in run.said()
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in lines
+    measured = [json.loads(x)["step"] for x in lines.splitlines() if "report_recall_1" in x]
+    best = checkpoint.load(tmp_path / "best.safetensors").provenance["step"]
+    assert best in measured
+    assert max(measured) < 5
 
 
 def test_exploded_losses_and_infinite_gradients_are_not_usable(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ctclip.models.ctclip import ModelConfig, build_model
+from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.text import TextConfig
 from ctclip.models.vit3d import VisionConfig
 from ctclip.training.optim import (
@@ -57,16 +58,28 @@ def test_layers_further_from_the_output_learn_slower(model):
     groups = groups_by_name(model, OptimConfig(layer_decay=0.5, text_lr_scale=1.0))
     scale = {name: group["lr_scale"] for name, group in groups.items()}
 
-    assert (
-        scale["visual.readouts.prompt.proj.weight"] == 1.0
-        if ("visual.readouts.prompt.proj.weight" in scale)
-        else True
-    )
+    assert scale["visual.norm.weight"] == scale["text.proj.weight"] == 1.0
     assert scale["visual.blocks.1.mlp.fc1.weight"] == 0.5
     assert scale["visual.blocks.0.mlp.fc1.weight"] == 0.25
     assert scale["visual.stem.norm.weight"] == 0.125
     assert scale["text.transformer.encoder.layer.1.output.dense.weight"] == 0.5
     assert scale["text.transformer.embeddings.word_embeddings.weight"] == 0.125
+
+
+def test_ct_vit_s_temporal_layers_lie_above_its_spatial_ones():
+    ctvit = CTViTConfig(image_size=(20, 20), width=32, codes=4, spatial_depth=2, temporal_depth=2)
+    text = TextConfig(name_or_path=None, layers=1)
+    groups = groups_by_name(
+        build_model(ModelConfig(ctvit=ctvit, text=text)), OptimConfig(layer_decay=0.5)
+    )
+    scale = {name: group["lr_scale"] for name, group in groups.items()}
+
+    assert scale["visual.proj.weight"] == 1.0
+    assert scale["visual.temporal.1.mlp.fc1.weight"] == 0.5
+    assert scale["visual.temporal.0.position.conv.weight"] == 0.25
+    assert scale["visual.spatial.1.mlp.fc1.weight"] == 0.125
+    assert scale["visual.spatial.0.mlp.fc1.weight"] == 0.0625
+    assert scale["visual.stem.1.weight"] == scale["visual.offset_bias.net.4.weight"] == 0.03125
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine():

@@ -257,6 +257,31 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(cohort, tmp_path):
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == steps
 
 
+def test_sigterm_before_the_first_step_ends_the_job_cleanly(cohort, tmp_path):
+    run = Run(cohort, tmp_path, 1, {"text_warmup": {"steps": 100_000}})
+    wait_until(lambda: (tmp_path / "config.yaml").exists())
+    run.processes[0].terminate()
+
+    assert run.wait() == [0]
+    assert "before the first step: nothing to save" in run.said()
+
+
+def test_the_same_cohort_by_another_path_is_the_same_run(cohort, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    link = tmp_path / "cohort"
+    link.symlink_to(cohort)
+
+    assert len(pretrain(link, tmp_path / "run")) == 6
+
+
+def test_a_ct_vit_for_other_volumes_is_refused_before_the_warm_up(cohort, tmp_path):
+    run = Run(cohort, tmp_path, 1, {"model": {"ctvit": {}}})
+
+    assert run.wait() == [1]
+    assert "model.ctvit takes (480, 480) in plane and a depth in steps of 10" in run.said()
+    assert not (tmp_path / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 1), (2, 1, 0)])
 def test_a_run_goes_on_with_another_number_of_processes(
     cohort, undisturbed, tmp_path, before, after, stage

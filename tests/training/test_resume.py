@@ -57,6 +57,30 @@ def test_damage_is_found_and_the_one_before_taken(tmp_path, caplog, damage):
 
     assert resume.newest_intact(tmp_path).name == "step_00000001"
     assert "step_00000002 is damaged" in caplog.text
+    assert (tmp_path / "damaged_step_00000002").is_dir()
+    assert resume.newest_intact(tmp_path).name == "step_00000001"
+
+
+def test_damaged_checkpoints_never_push_intact_ones_out(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 9) / "engine" / "states.pt").write_bytes(b"weighty")
+    resume.newest_intact(tmp_path)
+
+    newest = save(tmp_path, 2, keep=1)
+
+    assert newest.is_dir()
+    assert resume.newest_intact(tmp_path) == newest
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "engine" / "states.pt").write_bytes(b"weighty")
+
+    with pytest.raises(
+        ValueError, match=r"every checkpoint in .* is damaged \(engine/states.pt has"
+    ):
+        resume.newest_intact(tmp_path)
+    assert len(list(tmp_path.glob("step_*"))) == 2
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
