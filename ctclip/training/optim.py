@@ -1,6 +1,7 @@
 """Parameter groups, learning-rate schedule, and the DeepSpeed engine around them."""
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -95,8 +96,25 @@ OURS = {
     "fp16": "engine.precision",
     "amp": "engine.precision",
     "torch_autocast": "engine.precision",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "compile": "engine.compile",
+    "steps_per_print": "monitor.log_every",
+    "tensorboard": "monitor.tensorboard",
+    "wandb": "monitor.wandb",
 }
 """DeepSpeed keys that have their one home in our config, and where."""
+
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "checkpoint",
+    "aio",
+    "communication_data_type",
+    "comms_logger",
+    "log_level",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+)
+"""What the JSON may hold. DeepSpeed itself passes over a key that it doesn't know."""
 
 
 def deepspeed_config(
@@ -112,8 +130,9 @@ def deepspeed_config(
     DeepSpeed's own accumulation stays at 1: GradCache decides where a step ends.
 
     Raises:
-        ValueError: If the JSON sets what our config sets, or asks for a combination of ZeRO stage
-            and precision or offload that silently trains something else.
+        ValueError: If the JSON sets what our config sets, has a key that nothing would read, or
+            asks for a combination of ZeRO stage and precision or offload that silently trains
+            something else.
         FileNotFoundError: If the JSON doesn't exist.
     """
     extra = _read_json(engine.deepspeed) if engine.deepspeed else {}
@@ -122,6 +141,16 @@ def deepspeed_config(
             raise ValueError(
                 f"{engine.deepspeed}: {key!r} is set by {OURS[key]} of the pretrain config; "
                 f"remove it here, one setting has one home"
+            )
+        if key not in DEEPSPEED_KEYS:
+            close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DEEPSPEED_KEYS)}"
+            raise ValueError(f"{engine.deepspeed}: unknown key {key!r}; {hint}")
+    for key in ("zero_optimization", "checkpoint"):
+        if not isinstance(extra.get(key, {}), dict):
+            raise ValueError(
+                f'{engine.deepspeed}: {key!r} must be a JSON object such as {{"stage": 1}}, got '
+                f"{json.dumps(extra[key])}; see configs/deepspeed/"
             )
     zero = extra.setdefault("zero_optimization", {"stage": 0})
     _refuse(zero, engine, optim, str(engine.deepspeed))

@@ -118,7 +118,16 @@ def written(tmp_path, content):
         ({"train_batch_size": 8}, "'train_batch_size' is set by batch_size"),
         ({"bf16": {"enabled": True}}, "'bf16' is set by engine.precision"),
         ({"fp16": {"enabled": True}}, "'fp16' is set by engine.precision"),
+        ({"activation_checkpointing": {}}, "is set by engine.activation_checkpointing"),
         ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3"),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            r"ds.json: unknown key 'zero_optimisation'; did you mean 'zero_optimization'\?",
+        ),
+        ({"frobnicate": 1}, "unknown key 'frobnicate'; known: zero_optimization, checkpoint"),
+        ({"zero_optimization": None}, "'zero_optimization' must be a JSON object .* got null"),
+        ({"zero_optimization": True}, "'zero_optimization' must be a JSON object .* got true"),
+        ({"checkpoint": None}, "'checkpoint' must be a JSON object"),
         (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "ZeRO 0 has nothing to offload",
