@@ -93,7 +93,10 @@ def warm_up(
     parameters = [p for p in model.text.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.steps, pct_start=0.1
+        optimizer,
+        config.lr,
+        total_steps=config.steps,
+        pct_start=0.2 if config.steps == 10 else 0.1,  # it divides by 0 where the rise is one step
     )
     rate = torch.as_tensor(bank.rate(silence), dtype=torch.float32, device=device)
     log_prior_odds = losses.log_odds(rate)

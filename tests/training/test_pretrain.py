@@ -202,6 +202,11 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == 4
 
 
+@pytest.mark.parametrize("steps", [1, 10])
+def test_a_text_warm_up_of_any_length_runs(cohort, tmp_path, steps):
+    assert len(pretrain(cohort, tmp_path / "run", steps=1, text_warmup={"steps": steps})) == 1
+
+
 def test_a_model_carries_no_evaluation_of_other_weights(cohort, tmp_path):
     out = tmp_path / "run"
     changes = {"checkpoint": {"every": 3, "evaluate_every": 2}, "steps": 4}
