@@ -516,9 +516,11 @@ class _Job:
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         value = metrics.get(self.config.checkpoint.best_metric)
-        if value is None:
-            return
         progress = self.progress
+        if value is None:
+            if progress.best is None and progress.step < self.config.steps:
+                self._require_best_metric(metrics)
+            return
         if progress.best is not None and not value > progress.best:
             progress.evaluations_since_best += 1
             return
@@ -526,6 +528,26 @@ class _Job:
         progress.evaluations_since_best = 0
         with resume.explained_disk_errors(self.out):
             self.save_model(self.out / "best.safetensors")
+
+    def _require_best_metric(self, metrics: dict[str, float]) -> None:
+        """Say that no model will be called the best; refuse it where one was asked for.
+
+        A cohort without labels or a split 'valid' has no zero-shot numbers, and trains all the
+        same as long as the config leaves the choice of a best model alone.
+        """
+        wanted, step = self.config.checkpoint, self.progress.step
+        problem = (
+            f"checkpoint.best_metric: the evaluation gave no {wanted.best_metric!r}; it gave "
+            f"{', '.join(sorted(metrics)) or 'nothing'}"
+        )
+        if wanted.patience or wanted.best_metric != CheckpointConfig().best_metric:
+            self.save()
+            raise ValueError(
+                f"{problem}. Set checkpoint.best_metric to one of these and start the same "
+                f"command again: it goes on from step {step}"
+            )
+        if distributed.is_main() and step == wanted.evaluate_every:
+            logger.warning("%s. No best.safetensors will be written", problem)
 
 
 def _is_finished(config: PretrainConfig, checkpoint: Path) -> bool:

@@ -202,6 +202,33 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == 4
 
 
+def test_a_best_metric_that_no_evaluation_gives_stops_the_run_and_loses_no_step(cohort, tmp_path):
+    out = tmp_path / "run"
+    wrong = {"every": 100, "evaluate_every": 2, "best_metric": "zero_shot/macroo"}
+    run = Run(cohort, out, 2, {"stub_evaluator": True, "checkpoint": wrong})
+
+    assert run.wait() == [1, 1]
+    assert "the evaluation gave no 'zero_shot/macroo'; it gave health/" in run.said()
+    assert "zero_shot/macro. Set checkpoint.best_metric" in run.said()
+    assert len(losses_of(out)) == 2
+    mended = wrong | {"best_metric": "zero_shot/macro"}
+    run = Run(cohort, out, 2, {"stub_evaluator": True, "checkpoint": mended})
+    assert run.wait() == [0, 0]
+    assert "going on from step 2" in run.said()
+    assert (out / "best.safetensors").exists()
+
+
+def test_a_cohort_without_zero_shot_numbers_trains_and_says_that_no_model_is_the_best(
+    cohort, tmp_path
+):
+    out = tmp_path / "run"
+    run = Run(cohort, out, 1, {"checkpoint": {"every": 100, "evaluate_every": 2}})
+
+    assert run.wait() == [0]
+    assert run.said().count("No best.safetensors will be written") == 1
+    assert len(losses_of(out)) == 6
+
+
 @pytest.mark.parametrize("steps", [1, 10])
 def test_a_text_warm_up_of_any_length_runs(cohort, tmp_path, steps):
     assert len(pretrain(cohort, tmp_path / "run", steps=1, text_warmup={"steps": steps})) == 1
