@@ -6,9 +6,10 @@ what differs from the defaults; a misspelt key or a wrong type stops the run bef
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,24 +91,72 @@ def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") 
         return pydantic.TypeAdapter(schema).validate_python(_plain(data))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
-        prefix = f"{source}: {where}: " if where else f"{source}: "
+        path = [str(part) for part in first["loc"]]
         if first["type"] == "value_error":  # raised by a __post_init__, which says all of it
-            raise ConfigError(prefix + str(first["ctx"]["error"])) from None
-        raise ConfigError(f"{prefix}{first['msg']}, got {first['input']!r}") from None
+            complaint = str(first["ctx"]["error"])
+            if path and complaint.startswith(f"{path[-1]}."):  # the key as the user typed it
+                raise ConfigError(f"{source}: {'.'.join([*path[:-1], complaint])}") from None
+        else:
+            complaint = f"{first['msg']}, got {first['input']!r}"
+        key = f"{'.'.join(path)}: " if path else ""
+        raise ConfigError(f"{source}: {key}{complaint}") from None
 
 
 def require_at_least(config: Any, prefix: str, least: int, *names: str) -> None:
     """Refuse numbers, and tuples of them, below a bound; None stands for a default that isn't.
 
+    Args:
+        config: A dataclass, from its ``__post_init__``.
+        prefix: What stands before its fields in YAML, for example ``optim.``.
+        least: The bound.
+        names: Of the fields.
+
     Raises:
-        ValueError: Naming the field as YAML does.
+        ValueError: Naming the field as YAML does; nan and infinity are refused too.
     """
+    _require(config, prefix, names, f"at least {least}", lambda number: number >= least)
+
+
+def require_positive(config: Any, prefix: str, *names: str) -> None:
+    """As :func:`require_at_least`, with 0 refused."""
+    _require(config, prefix, names, "positive", lambda number: number > 0)
+
+
+def require_in(
+    config: Any, prefix: str, low: float, high: float, *names: str, ends: str = "[]"
+) -> None:
+    """As :func:`require_at_least`, for an interval; a round bracket leaves that end out."""
+
+    def holds(number: float) -> bool:
+        return low <= number <= high and not (
+            (ends[0] == "(" and number == low) or (ends[1] == ")" and number == high)
+        )
+
+    _require(config, prefix, names, f"in {ends[0]}{low}, {high}{ends[1]}", holds)
+
+
+def require_finite(config: Any, prefix: str, *names: str) -> None:
+    """As :func:`require_at_least`, without a bound."""
+    _require(config, prefix, names, "finite", math.isfinite)
+
+
+def _require(
+    config: Any,
+    prefix: str,
+    names: Sequence[str],
+    expected: str,
+    holds: Callable[[float], bool],
+) -> None:
     for name in names:
         value = getattr(config, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(number is not None and not number >= least for number in numbers):
-            raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
+        for number in numbers:
+            if number is None:
+                continue
+            if not math.isfinite(number):
+                raise ValueError(f"{prefix}{name} must be finite, got {value}")
+            if not holds(number):
+                raise ValueError(f"{prefix}{name} must be {expected}, got {value}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

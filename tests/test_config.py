@@ -13,6 +13,7 @@ class Optim:
     def __post_init__(self):
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        config.require_in(self, "optim.", 0, 1, "betas", ends="[)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,14 @@ def test_a_saved_config_loads_back(tmp_path):
         ("steps=many", r"steps: .*integer.*'many'"),
         ("optim=3", "optim: .*3"),
         ("optim.lr=-1", r"^command line: optim: lr must be positive, got -1.0$"),
+        (
+            "optim.betas=[0.9,1.0]",
+            r"^command line: optim.betas must be in \[0, 1\), got \(0.9, 1.0\)$",
+        ),
+        (
+            "optim.betas=[.nan,0.9]",
+            r"^command line: optim.betas must be finite, got \(nan, 0.9\)$",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override, message):

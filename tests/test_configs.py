@@ -73,3 +73,107 @@ def test_every_config_loads_and_opens_with_its_command(path):
 )
 def test_every_deepspeed_file_holds_sharding_only(path):
     assert set(json.loads(path.read_text())) <= {"zero_optimization", "checkpoint"}
+
+
+def pretrain_config(*overrides):
+    from ctclip.training.pretrain import PretrainConfig
+
+    return config.load(
+        PretrainConfig, CONFIGS / "pretrain" / "tiny.yaml", [*PLACES["pretrain"], *overrides]
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps=0",
+        "steps=-5",
+        "micro_batch_size=0",
+        "micro_batch_size=-2",
+        "batch_size=1",
+        "seed=-1",
+        "seed=18446744073709551616",
+        "workers=-1",
+        "windows_hu=[]",
+        "windows_hu=[[100,-100]]",
+        "windows_hu=[[-1000,.nan]]",
+        "checkpoint.every=-1",
+        "checkpoint.keep=0",
+        "checkpoint.evaluate_every=-1",
+        "checkpoint.patience=-1",
+        "monitor.log_every=0",
+        "guard.max_skipped=0",
+        "guard.loss_limit=0",
+        "guard.loss_limit=.nan",
+        "optim.lr=0",
+        "optim.lr=.nan",
+        "optim.lr=.inf",
+        "optim.volume_lr_scale=-1",
+        "optim.text_lr_scale=-1",
+        "optim.weight_decay=-0.1",
+        "optim.betas=[0.9,1]",
+        "optim.betas=[-0.1,0.9]",
+        "optim.eps=-1",
+        "optim.eps=0",
+        "optim.warmup_steps=-5",
+        "optim.final_lr_share=7",
+        "optim.grad_clip=-1",
+        "optim.layer_decay=0",
+        "optim.layer_decay=1.5",
+        "optim.ema_decay=1.5",
+        "optim.ema_decay=1",
+        "loss.report=-1",
+        "loss.sentence=-1",
+        "loss.opposite=-1",
+        "loss.directions=-1",
+        "loss.report=.nan",
+        "loss.silence=-3",
+        "loss.soft_targets=1.5",
+        "text.drop_section=3",
+        "text.synonyms=-1",
+        "text.template_share=7",
+        "text_warmup.steps=-3",
+        "text_warmup.lr=0",
+        "text_warmup.batch_size=0",
+        "text_warmup.scale=0",
+        "text_warmup.directions=-1",
+        "text_warmup.template_share=1.5",
+        "augment.probability=1.5",
+        "augment.noise_hu=-1",
+        "augment.scale=1",
+        "augment.crop_voxels=[0,8,8]",
+        "model.embed_dim=0",
+        "model.logit_scale_init=.nan",
+        "model.vision.depth=0",
+        "model.text.width=0",
+    ],
+)
+def test_a_number_that_means_nothing_is_refused_by_the_key_that_was_typed(override):
+    key = override.split("=")[0]
+
+    with pytest.raises(config.ConfigError) as refused:
+        pretrain_config(override)
+
+    said = str(refused.value).removeprefix(f"{CONFIGS / 'pretrain' / 'tiny.yaml'}: ")
+    assert said.startswith(f"{key} must ")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["checkpoint.every=0"],
+        ["checkpoint.evaluate_every=5", "checkpoint.patience=1"],
+        ["optim.grad_clip=0", "optim.weight_decay=0", "optim.warmup_steps=0"],
+        ["optim.volume_lr_scale=0"],
+        ["optim.text_lr_scale=0"],
+        ["optim.final_lr_share=1", "optim.ema_decay=0.999", "optim.layer_decay=1"],
+        ["loss.silence=0", "loss.directions=0", "loss.soft_targets=0.3"],
+        ["text.drop_section=1", "text.synonyms=1", "text.template_share=0"],
+        ["text_warmup.steps=0", "workers=0", "seed=0", "micro_batch_size=1", "steps=1"],
+        ["augment.rotate_degrees=0", "augment.scale=0", "augment.crop_voxels=null"],
+        ["loss.contrastive=siglip", "model.logit_bias_init=-10"],
+    ],
+    ids=" ".join,
+)
+def test_zero_is_taken_where_it_switches_something_off(overrides):
+    assert pretrain_config(*overrides)

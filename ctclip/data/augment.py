@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ctclip.config import require_at_least, require_in
 from ctclip.data.hu import AIR_HU
 
 
@@ -41,11 +42,11 @@ class AugmentConfig:
     read from disk, and a step costs less. The report may speak of what lies outside."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability must be in [0, 1], got {self.probability}")
-        strengths = (self.rotate_degrees, self.scale, self.shift_voxels, self.noise_hu)
-        if min(*strengths, self.blur_voxels) < 0:
-            raise ValueError("augmentation strengths must not be negative")
+        require_in(self, "augment.", 0, 1, "probability")
+        strengths = ("rotate_degrees", "shift_voxels", "noise_hu", "blur_voxels")
+        require_at_least(self, "augment.", 0, *strengths)
+        require_in(self, "augment.", 0, 1, "scale", ends="[)")  # at 1 a scan may shrink to nothing
+        require_at_least(self, "augment.", 1, "crop_voxels")
 
 
 def augment(volume_hu: Tensor, config: AugmentConfig, seed: Sequence[int]) -> Tensor:

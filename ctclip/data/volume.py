@@ -6,6 +6,7 @@ takes that to the fixed grid that the cache holds; ``window`` is the only functi
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -56,8 +57,10 @@ class VolumeConfig:
         if not self.windows_hu:
             raise ValueError("windows_hu must name at least one (low, high) window")
         for low, high in self.windows_hu:
-            if low >= high:
-                raise ValueError(f"windows_hu must be (low, high) with low < high, got {low, high}")
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(
+                    f"windows_hu must be finite (low, high) with low < high, got {low, high}"
+                )
 
     @property
     def channels(self) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
-from ctclip.config import require_at_least
+from ctclip.config import require_at_least, require_finite
 from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.inflate import inflate_from
 from ctclip.models.text import TextConfig, build_text_tower, freeze, set_trainable
@@ -45,7 +45,8 @@ class ModelConfig:
     """Set for a sigmoid loss (SigLIP uses -10); None leaves the bias out."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, "", 1, "embed_dim")
+        require_at_least(self, "model.", 1, "embed_dim")
+        require_finite(self, "model.", "logit_scale_init", "logit_bias_init")
 
     @property
     def channels(self) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctclip import distributed
+from ctclip.config import require_at_least, require_positive
 from ctclip.training.grad_cache import Features
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class GuardConfig:
 
     max_skipped: int = 10
     """Skipped steps in a row after which the run stops."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "guard.", "loss_limit")
+        require_at_least(self, "guard.", 1, "max_skipped")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ctclip import distributed
+from ctclip.config import require_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class MonitorConfig:
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "ctclip"
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "monitor.", 1, "log_every")
 
 
 class Monitor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctclip import losses
+from ctclip.config import require_at_least, require_in
 from ctclip.training.grad_cache import Features
 
 
@@ -49,6 +50,9 @@ class LossConfig:
     ones."""
 
     def __post_init__(self) -> None:
+        weights = ("report", "sentence", "opposite", "directions", "silence")
+        require_at_least(self, "loss.", 0, *weights)
+        require_in(self, "loss.", 0, 1, "soft_targets")
         if self.report == self.sentence == self.opposite == 0.0:
             raise ValueError("loss.report, loss.sentence and loss.opposite are all 0: no loss left")
 

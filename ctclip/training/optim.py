@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ctclip.config import require_at_least, require_in, require_positive
+
 if TYPE_CHECKING:
     from ctclip.models.ctclip import CTCLIP
 
@@ -54,13 +56,13 @@ class OptimConfig:
     """Also average the weights over steps, and evaluate and save the average; None doesn't."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or min(self.volume_lr_scale, self.text_lr_scale) < 0:
-            raise ValueError(
-                f"lr must be positive and its scales not negative, got {self.lr}, "
-                f"{self.volume_lr_scale} and {self.text_lr_scale}"
-            )
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        # At eps 0 a weight that never had a gradient, as of a word not seen yet, becomes 0 / 0.
+        require_positive(self, "optim.", "lr", "eps")
+        scales = ("volume_lr_scale", "text_lr_scale")
+        require_at_least(self, "optim.", 0, *scales, "weight_decay", "warmup_steps", "grad_clip")
+        require_in(self, "optim.", 0, 1, "final_lr_share")
+        require_in(self, "optim.", 0, 1, "betas", "ema_decay", ends="[)")
+        require_in(self, "optim.", 0, 1, "layer_decay", ends="(]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 from ctclip import checkpoint as model_file
 from ctclip import config as configuration
 from ctclip import distributed, losses
+from ctclip.config import require_at_least, require_in
 from ctclip.data.augment import AugmentConfig
 from ctclip.data.cache import PreparedCohort
 from ctclip.data.dataset import Batch, CohortDataset
@@ -77,7 +78,7 @@ class CheckpointConfig:
     """When to save and when to stop."""
 
     every: int = 200
-    """Steps between checkpoints; the last step always saves one."""
+    """Steps between checkpoints; the last step always saves one, and 0 saves no other."""
 
     keep: int = 2
     """Newest checkpoints that stay on disk."""
@@ -90,6 +91,10 @@ class CheckpointConfig:
 
     patience: int = 0
     """Stop after this many evaluations without a better one; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "checkpoint.", 0, "every", "evaluate_every", "patience")
+        require_at_least(self, "checkpoint.", 1, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,11 @@ class PretrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        require_at_least(self, "", 1, "steps", "micro_batch_size")
+        require_at_least(self, "", 0, "workers")
+        require_in(self, "", 0, 2**63, "seed", ends="[)")  # what PyTorch and NumPy both take
+        if self.windows_hu is not None:
+            VolumeConfig(windows_hu=self.windows_hu)  # refuses what can't be a window
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (a negative), got {self.batch_size}")
         if self.start_from is not None and _without_text_training(self.model) != ModelConfig():

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ctclip import distributed
+from ctclip.config import require_in
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.mentions import Mention, mentions
 from ctclip.data.report import clean, report_text, split_sentences
@@ -84,6 +85,9 @@ class TextViewConfig:
 
     template_share: float = 0.5
     """How often an opposite-sentence pair is a template rather than sentences from reports."""
+
+    def __post_init__(self) -> None:
+        require_in(self, "text.", 0, 1, "drop_section", "synonyms", "template_share")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ctclip import distributed, losses
+from ctclip.config import require_at_least, require_in, require_positive
 from ctclip.progress import track
 from ctclip.training.text_views import (
     SentenceBank,
@@ -53,6 +54,12 @@ class TextWarmupConfig:
     """Weight of the overlap between the findings' present-minus-absent directions."""
 
     template_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "text_warmup.", 0, "steps", "directions")
+        require_at_least(self, "text_warmup.", 1, "batch_size")
+        require_positive(self, "text_warmup.", "lr", "scale")
+        require_in(self, "text_warmup.", 0, 1, "template_share")
 
 
 def warm_up(
