@@ -177,3 +177,21 @@ def test_a_number_that_means_nothing_is_refused_by_the_key_that_was_typed(overri
 )
 def test_zero_is_taken_where_it_switches_something_off(overrides):
     assert pretrain_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["loss.contrastive=siglip", "loss.soft_targets=0.3"], "loss.soft_targets=0.3"),
+        (["loss.report=0", "loss.contrastive=siglip"], "loss.contrastive=siglip"),
+        (["loss.report=0", "loss.soft_targets=0.3"], "loss.soft_targets=0.3"),
+        (["loss.report=0", "loss.ignore_normal_pairs=true"], "loss.ignore_normal_pairs=true"),
+        (["loss.opposite=0", "loss.label_informed=true"], "loss.label_informed=true"),
+        (["model.logit_bias_init=-10"], "model.logit_bias_init=-10.0"),
+        (["checkpoint.patience=1"], "checkpoint.patience=1 .* checkpoint.evaluate_every=0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_setting_that_nothing_would_read_is_refused_by_name(overrides, named):
+    with pytest.raises(config.ConfigError, match=f": {named} "):
+        pretrain_config(*overrides)

@@ -55,6 +55,31 @@ class LossConfig:
         require_in(self, "loss.", 0, 1, "soft_targets")
         if self.report == self.sentence == self.opposite == 0.0:
             raise ValueError("loss.report, loss.sentence and loss.opposite are all 0: no loss left")
+        self._refuse_what_nothing_reads()
+
+    def _refuse_what_nothing_reads(self) -> None:
+        if self.contrastive == "siglip" and self.soft_targets:
+            raise ValueError(
+                f"loss.soft_targets={self.soft_targets} shapes the target of a softmax, and "
+                f"loss.contrastive=siglip has none; set loss.soft_targets=0 or "
+                f"loss.contrastive=info_nce"
+            )
+        contrasts = {
+            "contrastive=siglip": self.contrastive == "siglip",
+            f"soft_targets={self.soft_targets}": self.soft_targets > 0,
+            "ignore_normal_pairs=true": self.ignore_normal_pairs,
+        }
+        for setting, is_set in contrasts.items():
+            if is_set and self.report == self.sentence == 0.0:
+                raise ValueError(
+                    f"loss.{setting} is for the contrast with other studies, and its terms "
+                    f"loss.report and loss.sentence are both 0; remove it or give one a weight"
+                )
+        if self.label_informed and self.opposite == 0.0:
+            raise ValueError(
+                "loss.label_informed=true is for the opposite sentences, and loss.opposite is 0: "
+                "no label would be used; remove it or give loss.opposite a weight"
+            )
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "checkpoint.", 0, "every", "evaluate_every", "patience")
         require_at_least(self, "checkpoint.", 1, "keep")
+        if self.patience and not self.evaluate_every:
+            raise ValueError(
+                f"checkpoint.patience={self.patience} counts evaluations, and "
+                f"checkpoint.evaluate_every=0 leaves one, at the end; set "
+                f"checkpoint.evaluate_every to a number of steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +155,11 @@ class PretrainConfig:
             raise ValueError(
                 "start_from takes the model from its checkpoint; of model, set nothing but "
                 "model.text.train, train_layers and lora_rank"
+            )
+        if self.model.logit_bias_init is not None and self.loss.contrastive != "siglip":
+            raise ValueError(
+                f"model.logit_bias_init={self.model.logit_bias_init} is for the sigmoid loss; "
+                f"remove it or set loss.contrastive=siglip"
             )
 
 
