@@ -246,9 +246,12 @@ def evaluator(
         windows_hu: HU windows of the run, where they are not the cohort's.
 
     Returns:
-        A function of (model, tokenizer) to values such as ``zero_shot/macro``.
-        Findings that can't be measured are absent.
+        A function of (model, tokenizer) to values such as ``zero_shot/macro``, and how often a
+        volume's own report is among the 1, 5 and 10 nearest of the split's
+        (``retrieval/report_recall_10``). Findings that can't be measured are absent.
     """
+    from ctclip.data.report import report_text
+
     config = config or ZeroShotConfig()
     records = cohort.split(split)
     if limit is not None and len(records) > limit:
@@ -256,25 +259,30 @@ def evaluator(
     prompt_set = prompts.load(config.prompts or prompts.DEFAULT)
     windows = tuple(windows_hu or cohort.volume_config.windows_hu)
     labels = np.array([[record.labels.get(f, np.nan) for f in FINDINGS] for record in records])
+    texts = [report_text(record.findings, record.impression) for record in records]
 
     def evaluate(model: "CTCLIP", tokenizer: Any) -> dict[str, float]:
         was_training = model.training
         model.eval()
         try:
-            vectors, seen = _encode(model, cohort, records, config.batch_size, windows)
+            readouts, seen = _encode(model, cohort, records, config.batch_size, windows)
             prompt_vectors = prompts.encode(model, tokenizer, prompt_set, FINDINGS)
+            told = [i for i, row in enumerate(seen) if texts[row]]
+            reports = _encode_texts(model, tokenizer, [texts[seen[i]] for i in told])
         finally:
             model.train(was_training)
-        values = scores(vectors, prompt_vectors, 1.0, "cosine-difference")
+        values = scores(readouts["prompt"], prompt_vectors, 1.0, "cosine-difference")
+        retrieved = _report_recall(readouts["report"][told], reports)
         areas = {f: metrics.auroc(labels[seen, k], values[:, k]) for k, f in enumerate(FINDINGS)}
         measured = {f"zero_shot/{f}": area for f, area in areas.items() if not np.isnan(area)}
         if not measured:
-            return {}
+            return retrieved
         spread = prompts.direction_spread(prompt_vectors)
         return {
             "zero_shot/macro": float(np.mean(list(measured.values()))),
             "zero_shot/prompt_direction_spread": spread,
             **measured,
+            **retrieved,
         }
 
     return evaluate
@@ -286,13 +294,14 @@ def _encode(
     records: "Sequence[VolumeRecord]",
     batch_size: int,
     windows_hu: tuple[tuple[float, float], ...],
-) -> tuple[np.ndarray, list[int]]:
-    """Embed the volumes that can be read, and say which of the records these are."""
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Both read-outs of the volumes that can be read, and which of the records these are."""
     from ctclip.data.cohort import CorruptVolumeError
     from ctclip.data.volume import window
 
     device = next(model.parameters()).device
-    parts, seen = [], []
+    parts: dict[str, list[np.ndarray]] = {"prompt": [], "report": []}
+    seen = []
     with torch.inference_mode():
         for start in range(0, len(records), batch_size):
             arrays = []
@@ -306,8 +315,30 @@ def _encode(
                 continue
             hu = torch.from_numpy(np.stack(arrays)).to(device).float()
             image = window(hu, windows_hu)
-            parts.append(model.encode_image(image, normalize=True).float().cpu().numpy())
-    return np.concatenate(parts), seen
+            for name, vectors in model.encode_image_readouts(image, normalize=True).items():
+                parts[name].append(vectors.float().cpu().numpy())
+    return {name: np.concatenate(vectors) for name, vectors in parts.items()}, seen
+
+
+def _encode_texts(model: "CTCLIP", tokenizer: Any, texts: list[str]) -> np.ndarray:
+    if not texts:
+        return np.empty((0, 0))
+    device, parts = next(model.parameters()).device, []
+    with torch.inference_mode():
+        for start in range(0, len(texts), prompts.BATCH):
+            tokens = tokenizer(texts[start : start + prompts.BATCH]).to(device)
+            parts.append(model.encode_text(tokens, normalize=True).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _report_recall(volumes: np.ndarray, reports: np.ndarray) -> dict[str, float]:
+    """How often a volume's own report is among the nearest; an equal report counts as its own."""
+    if len(reports) < 2:
+        return {}
+    cosine = volumes @ reports.T
+    rank = (~(cosine <= cosine.diagonal()[:, None] + 1e-6)).sum(axis=1)
+    recall = {f"retrieval/report_recall_{k}": float((rank < k).mean()) for k in (1, 5, 10)}
+    return {**recall, "retrieval/pool": float(len(reports))}
 
 
 def _has_split(cohort: "PreparedCohort", split: str) -> bool:

@@ -68,6 +68,25 @@ def explained_memory(micro_batch_size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def explained_lost_process() -> Iterator[None]:
+    """Say in a sentence that the job's other processes wait for one that is gone.
+
+    Raises:
+        ConnectionError: Instead of what gloo or NCCL say of it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("closed by peer", "reset by peer", "NCCL")):
+            raise
+        raise ConnectionError(
+            "another process of this job is gone: its own error stands above, or there is none "
+            "because it was killed (for want of memory, perhaps); the launcher names it. The same "
+            "command goes on from the newest checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def leaves_on_sigterm() -> Iterator[None]:
     """Exit cleanly on SIGTERM while there is nothing to save yet."""
 

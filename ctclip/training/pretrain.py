@@ -38,7 +38,13 @@ from ctclip.models.text import TextConfig, Tokenizer, build_tokenizer, freeze, s
 from ctclip.training import flops, health, optim, reshard, resume
 from ctclip.training.batches import StepBuilder
 from ctclip.training.grad_cache import Features, accumulate
-from ctclip.training.guard import Guard, GuardConfig, explained_memory, leaves_on_sigterm
+from ctclip.training.guard import (
+    Guard,
+    GuardConfig,
+    explained_lost_process,
+    explained_memory,
+    leaves_on_sigterm,
+)
 from ctclip.training.monitor import Monitor, MonitorConfig
 from ctclip.training.objective import LossConfig, Objective
 from ctclip.training.optim import EngineConfig, OptimConfig
@@ -177,6 +183,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
         ValueError: If the config can't work, or the run folder holds another run.
         Diverged: If the loss stays unusable.
         OSError: If the run folder can't be written to.
+        ConnectionError: If another process of the job is gone.
     """
     settings = check(config, evaluators)
     optim.start_processes()
@@ -192,6 +199,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
         job = _Job.prepare(config, settings, checkpoint)
     with (
         resume.explained_disk_errors(job.out),
+        explained_lost_process(),
         Guard(config.guard, job.out, job.progress.skipped) as guard,
         Monitor(
             job.out,
@@ -758,6 +766,10 @@ def _model(
         "label_informed": start.provenance.get("label_informed", False),
     }
     model_config = dataclasses.replace(start.model_config, text=text)
+    if config.loss.contrastive == "siglip" and start.model.logit_bias is None:
+        bias = losses.siglip_bias(config.batch_size)
+        start.model.logit_bias = torch.nn.Parameter(torch.full((1,), bias))
+        model_config = dataclasses.replace(model_config, logit_bias_init=bias)
     return start.model, model_config, start.tokenizer, origin
 
 

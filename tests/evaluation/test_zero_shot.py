@@ -75,8 +75,14 @@ def test_the_training_evaluator_reports_what_it_can_measure():
     rng = np.random.default_rng(0)
     labels = rng.random((12, 18)) < 0.5
     labels[:, 4] = False
+    labels[7] = False  # nothing to report: no report
     records = [
-        SimpleNamespace(volume_id=f"v{i}", labels=dict(zip(FINDINGS, map(float, row), strict=True)))
+        SimpleNamespace(
+            volume_id=f"v{i}",
+            labels=dict(zip(FINDINGS, map(float, row), strict=True)),
+            findings=" ".join(f for f, is_there in zip(FINDINGS, row, strict=True) if is_there),
+            impression=None,
+        )
         for i, row in enumerate(labels)
     ]
 
@@ -85,9 +91,10 @@ def test_the_training_evaluator_reports_what_it_can_measure():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def encode_image(self, image, normalize):
+        def encode_image_readouts(self, image, normalize):
             assert not self.training
-            return torch.nn.functional.normalize(image.flatten(1)[:, :18], dim=-1)
+            vectors = torch.nn.functional.normalize(image.flatten(1)[:, :18], dim=-1)
+            return {"prompt": vectors, "report": vectors}
 
         def encode_text(self, tokens, normalize):
             return torch.nn.functional.normalize(tokens.float(), dim=-1)
@@ -116,6 +123,14 @@ def test_the_training_evaluator_reports_what_it_can_measure():
         np.mean([values[f"zero_shot/{f}"] for f in FINDINGS if f"zero_shot/{f}" in values])
     )
     assert model.training
+
+    reported = labels[labels.any(axis=1)].astype(float)
+    texts = reported / np.sqrt(reported.sum(axis=1, keepdims=True))
+    cosines = (2 * reported - 1) @ texts.T
+    own = np.array([sum(row > row[i] + 1e-9) for i, row in enumerate(cosines)])
+    assert values["retrieval/pool"] == 11
+    for k in (1, 5, 10):
+        assert values[f"retrieval/report_recall_{k}"] == pytest.approx(np.mean(own < k))
 
     def damaged(volume):
         if volume == "v0":

@@ -15,8 +15,9 @@ from training_runs import TINY, free_port, losses_of, merged
 from ctclip import checkpoint
 
 SCRIPT = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 from ctclip import config
+from ctclip.cli.command import command
 from ctclip.training import optim, pretrain
 
 take_step, steps = optim.take_step, iter(range(10**6))
@@ -24,11 +25,13 @@ take_step, steps = optim.take_step, iter(range(10**6))
 def dies(engine):
     if next(steps) == 2 and os.environ["RANK"] == os.environ.get("DYING_RANK"):
         pathlib.Path(os.environ["DEATH"]).write_text(str(time.time()))
+        if "KILLED" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("boom on rank 1")
     return take_step(engine)
 
 optim.take_step = dies
-pretrain.run(config.load(pretrain.PretrainConfig, sys.argv[-1]))
+command(lambda argv: pretrain.run(config.load(pretrain.PretrainConfig, sys.argv[-1])))()
 """
 
 
@@ -66,6 +69,17 @@ def test_a_rank_that_dies_stops_the_job_and_its_error_comes_first(tmp_path):
     first_error = said.index("Traceback")
     assert "boom on rank 1" in said[first_error : first_error + 3000]
     assert "[rank0]" not in said[: said.index("boom on rank 1")]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_missed_in_a_sentence(tmp_path):
+    """As the kernel kills where memory is short: nothing of it is left to speak."""
+    job = launch(tmp_path, DYING_RANK="1", DEATH=str(tmp_path / "death"), KILLED="1")
+
+    assert job.wait(timeout=500) != 0
+    said = (tmp_path / "said.txt").read_text()
+    assert "error: another process of this job is gone" in said
+    assert "Traceback" not in said[: said.index("another process of this job is gone")]
 
 
 @pytest.mark.slow
