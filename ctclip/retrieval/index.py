@@ -602,10 +602,19 @@ def _write(
 
 def _load_indexed(client: Any, collection: str) -> None:
     """Wait for the index and load it: rows are searched one by one until then, and not for long."""
-    while client.describe_index(collection, "vector").get("pending_index_rows", 0):
+    while not _is_indexed(client.describe_index(collection, "vector")):
         time.sleep(1)
     client.release_collection(collection)
     client.load_collection(collection)
+
+
+def _is_indexed(state: Mapping[str, Any]) -> bool:
+    """Whether every row is in the index.
+
+    Its "pending_index_rows" don't tell: segments that are being merged count there, at times for
+    ever, while the index of their rows is in use.
+    """
+    return state.get("indexed_rows", 0) >= state.get("total_rows", 0)
 
 
 def _create_collection(
