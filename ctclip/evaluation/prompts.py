@@ -165,17 +165,9 @@ def encode(
     Returns:
         ``(K, 2, E)`` float32, L2-normalised; index 0 is "present", 1 is "absent".
     """
-    import torch
-
     chosen = tuple(prompts.pairs) if findings is None else tuple(findings)
     sentences = sorted({s for f in chosen for pair in prompts.pairs[f] for s in pair})
-    device = next(model.parameters()).device
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(sentences), BATCH):
-            tokens = tokenizer(sentences[start : start + BATCH]).to(device)
-            parts.append(model.encode_text(tokens, normalize=True).float().cpu().numpy())
-    vectors = dict(zip(sentences, np.concatenate(parts), strict=True))
+    vectors = dict(zip(sentences, encode_texts(model, tokenizer, sentences), strict=True))
     sides = [
         [np.mean([vectors[pair[side]] for pair in prompts.pairs[f]], axis=0) for side in (0, 1)]
         for f in chosen
@@ -183,6 +175,21 @@ def encode(
     ensembles = np.asarray(sides, dtype=np.float32)
     norms = np.linalg.norm(ensembles, axis=-1, keepdims=True)
     return ensembles / np.maximum(norms, 1e-12)
+
+
+def encode_texts(
+    model: "CTCLIP", tokenizer: "Callable[[list[str]], torch.Tensor]", texts: Sequence[str]
+) -> np.ndarray:
+    """Texts as ``(N, E)`` float32, L2-normalised; at least one, by a model in eval mode."""
+    import torch
+
+    device = next(model.parameters()).device
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), BATCH):
+            tokens = tokenizer(list(texts[start : start + BATCH])).to(device)
+            parts.append(model.encode_text(tokens, normalize=True).float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def encode_prompts(checkpoint: "Checkpoint", prompts: PromptSet) -> np.ndarray:

@@ -268,7 +268,8 @@ def evaluator(
             readouts, seen = _encode(model, cohort, records, config.batch_size, windows)
             prompt_vectors = prompts.encode(model, tokenizer, prompt_set, FINDINGS)
             told = [i for i, row in enumerate(seen) if texts[row]]
-            reports = _encode_texts(model, tokenizer, [texts[seen[i]] for i in told])
+            said = [texts[seen[i]] for i in told]
+            reports = prompts.encode_texts(model, tokenizer, said) if said else np.empty((0, 0))
         finally:
             model.train(was_training)
         values = scores(readouts["prompt"], prompt_vectors, 1.0, "cosine-difference")
@@ -318,17 +319,6 @@ def _encode(
             for name, vectors in model.encode_image_readouts(image, normalize=True).items():
                 parts[name].append(vectors.float().cpu().numpy())
     return {name: np.concatenate(vectors) for name, vectors in parts.items()}, seen
-
-
-def _encode_texts(model: "CTCLIP", tokenizer: Any, texts: list[str]) -> np.ndarray:
-    if not texts:
-        return np.empty((0, 0))
-    device, parts = next(model.parameters()).device, []
-    with torch.inference_mode():
-        for start in range(0, len(texts), prompts.BATCH):
-            tokens = tokenizer(texts[start : start + prompts.BATCH]).to(device)
-            parts.append(model.encode_text(tokens, normalize=True).float().cpu().numpy())
-    return np.concatenate(parts)
 
 
 def _report_recall(volumes: np.ndarray, reports: np.ndarray) -> dict[str, float]:
