@@ -3,7 +3,8 @@
 Gradient accumulation sums losses of small batches, and a contrastive loss of small batches has few
 negatives. GradCache (Gao et al. 2021) is exact instead: embed every micro-batch without keeping
 activations, compute the loss and its gradient with respect to the embeddings over the global
-batch, then embed each micro-batch once more and hand that gradient to the towers.
+batch, then embed each micro-batch once more and hand that gradient to the towers. One micro-batch
+needs no second time: embedded last, it keeps its activations until its backward, which comes first.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,9 +43,9 @@ def accumulate(
 ) -> Accumulated:
     """Accumulate the gradient of the global batch's loss in the engine's parameters.
 
-    ``forward`` runs twice on each micro-batch, so its randomness has to be a function of the
-    micro-batch alone. Every forward must reach every trained parameter group, since ZeRO reduces a
-    parameter's gradient in the last backward that it takes part in.
+    ``forward`` runs twice on each micro-batch but the first, so its randomness has to be a function
+    of the micro-batch alone. Every forward must reach every trained parameter group, since ZeRO
+    reduces a parameter's gradient in the last backward that it takes part in.
 
     Args:
         engine: DeepSpeed engine: ``backward`` and ``set_gradient_accumulation_boundary``.
@@ -59,9 +60,11 @@ def accumulate(
     Returns:
         Loss, scalars to log and features; gradients are in the engine unless ``usable`` is false.
     """
-    single = len(micro_batches) == 1
-    with torch.set_grad_enabled(single):
-        outputs = [forward(micro_batch) for micro_batch in micro_batches]
+    first, *others = micro_batches
+    with torch.no_grad():
+        embedded = [forward(micro_batch) for micro_batch in others]
+    kept = forward(first)
+    outputs = [kept, *embedded]
 
     names = list(dict.fromkeys(name for output in outputs for name in output))
     leaves = {
@@ -81,7 +84,7 @@ def accumulate(
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         engine.set_gradient_accumulation_boundary(is_last)
-        output = outputs[0] if single else forward(micro_batch)
+        output = kept if index == 0 else forward(micro_batch)
         surrogate = torch.zeros((), device=loss.device)
         for name, feature in output.items():
             rows = slice(first_row[name], first_row[name] + len(feature))

@@ -28,8 +28,10 @@ class TwoSmallTowers(nn.Module):
         self.text = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 4))
         self.scale = nn.Parameter(torch.tensor([2.0]))
         self.keys = make_reproducible(self)
+        self.forwards = 0
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.forwards += 1
         self.keys.keys = batch["key"]
         features = {"image": self.image(batch["image"]), "text": self.text(batch["text"])}
         if "last" in batch:
@@ -56,6 +58,7 @@ def gradients(size: int) -> tuple[float, dict[str, Tensor], PlainEngine]:
     micro_batches[-1]["last"] = torch.ones(())
     done = accumulate(engine, micro_batches, towers, objective, lambda loss, leaves: True)
     assert done.usable
+    assert towers.forwards == 2 * len(micro_batches) - 1
     return (
         done.loss.item(),
         {name: parameter.grad for name, parameter in towers.named_parameters()},
