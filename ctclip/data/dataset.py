@@ -59,7 +59,11 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; called by the loader."""
-        return replace(self, volume=self.volume.pin_memory(), study=self.study.pin_memory())
+        return replace(self, volume=self.volume.pin_memory())
+
+    def with_volume(self, volume: Tensor) -> "Batch":
+        """The same batch with its volumes elsewhere."""
+        return replace(self, volume=volume)
 
 
 class CohortDataset(Dataset[Sample]):
@@ -131,15 +135,14 @@ class CohortDataset(Dataset[Sample]):
             volume_hu = augment(volume_hu, self.augment, draw)
         return window(volume_hu, self.windows_hu)
 
-    def finished(self, batch: Batch, device: torch.device) -> Batch:
-        """A batch ready for the model: augmented and windowed on ``device`` if it isn't yet."""
+    def finished(self, batch: Batch) -> Batch:
+        """A batch ready for the model: augmented and windowed, where it is, if it isn't yet."""
         if not self.finish_later:
             return batch
         volumes = [
-            self._finish(hu.to(device, non_blocking=True), draw)
-            for hu, draw in zip(batch.volume, batch.draws, strict=True)
+            self._finish(hu, draw) for hu, draw in zip(batch.volume, batch.draws, strict=True)
         ]
-        return replace(batch, volume=torch.stack(volumes))
+        return batch.with_volume(torch.stack(volumes))
 
 
 def collate(samples: Iterable[Sample]) -> Batch:

@@ -397,8 +397,9 @@ class ViT3D(nn.Module):
 def check_volumes(image: Tensor, tower: nn.Module) -> None:
     """Refuse a batch that can't be the windowed volumes that a tower expects, in words.
 
-    It stands in the towers, so that other programs which build them (open_clip) pass it too. A
-    compiled graph leaves the values out: looking at them would break it.
+    It stands in the towers, so that other programs which build them (open_clip) pass it too. The
+    values are left out in a compiled graph, which looking at them would break, and in training on a
+    GPU, where the host would wait for all that it has been given to do.
 
     Raises:
         TypeError: If it is no tensor.
@@ -433,7 +434,7 @@ def check_volumes(image: Tensor, tower: nn.Module) -> None:
         raise ValueError(
             f"volumes are {image.dtype}, the model computes in {expected}; use image.to({expected})"
         )
-    if image.is_meta or image.numel() == 0:
+    if image.is_meta or image.numel() == 0 or (image.is_cuda and tower.training):
         return
     low, high = torch.stack(torch.aminmax(image.detach())).tolist()
     if math.isnan(low) or math.isinf(high - low):

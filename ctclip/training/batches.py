@@ -1,9 +1,10 @@
-"""Volumes and reports of one step become micro-batches and targets on the device.
+"""Volumes and reports of one step become micro-batches and targets.
 
 Every random choice is a function of (seed, step, study), so that it doesn't matter which process
 holds a study, how the batch is cut, or whether the run was interrupted.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ctclip.findings import FINDINGS
+from ctclip.training.feed import StepVolumes
 from ctclip.training.objective import LossConfig, Targets
 from ctclip.training.text_views import (
     SentenceBank,
@@ -40,7 +42,6 @@ class StepBuilder:
         bank: Where opposite-sentence pairs come from.
         views: How a report becomes texts.
         loss: Which views are needed, and where targets come from.
-        micro_batch_size: Volumes that pass through the tower at once.
         seed: Of the run.
         device: Where the towers are.
     """
@@ -52,7 +53,6 @@ class StepBuilder:
         views: TextViewConfig,
         loss: LossConfig,
         *,
-        micro_batch_size: int,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -60,46 +60,52 @@ class StepBuilder:
         self._bank = bank
         self._views = views
         self._loss = loss
-        self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._device = device
 
     def __call__(
-        self, batch: "Batch", studies: Sequence[StudyText], step: int
+        self,
+        pieces: "Sequence[Batch]",
+        studies: Sequence[StudyText],
+        volumes: StepVolumes,
+        step: int,
     ) -> tuple[list[MicroBatch], Targets]:
-        """Cut a batch into micro-batches; the step's sentence pairs travel in the last one.
+        """Put together a step's micro-batches; its sentence pairs travel in the last one.
 
         Args:
-            batch: This rank's volumes.
-            studies: Their reports.
+            pieces: This rank's volumes, a batch for each micro-batch.
+            studies: The reports of all of them.
+            volumes: Brings the volumes to the device.
             step: Of the run.
         """
-        rows = batch.study.to(torch.int64)
+        rows = torch.cat([piece.study for piece in pieces]).to(torch.int64)
         texts = self._texts(studies, rows, step)
         draws = [
             float(np.random.default_rng([self._seed, step, int(row), 1]).random()) for row in rows
         ]
-        size = self._micro_batch_size
         micro_batches = []
-        for start in range(0, len(rows), size):
-            cut = slice(start, start + size)
+        start = 0
+        for index, piece in enumerate(pieces):
+            cut = slice(start, start := start + len(piece.study))
             keys = {"volume": row_keys(self._seed, step, "volume", rows[cut])}
             tokens = {}
             for view, lines in texts.items():
                 tokens[view] = self._tokenizer(lines[cut], draws=draws[cut]).to(self._device)
                 keys[view] = row_keys(self._seed, step, view, rows[cut])
-            if start + size >= len(rows):
+            if index == len(pieces) - 1:
                 pairs = self._pairs(step)
                 tokens["prompts"] = self._tokenizer(pairs).to(self._device)
                 keys["prompts"] = row_keys(self._seed, step, "prompts", torch.arange(len(pairs)))
             micro_batches.append(
                 MicroBatch(
-                    volume=batch.volume[cut].to(self._device, non_blocking=True),
+                    volume=functools.partial(volumes.take, index),
+                    seed=int(keys["volume"][0]) & (2**63 - 1),
                     texts=tokens,
                     keys={view: key.to(self._device) for view, key in keys.items()},
                 )
             )
-        return micro_batches, self._targets(batch, studies, texts, rows)
+        labels = torch.cat([piece.labels for piece in pieces])
+        return micro_batches, self._targets(labels, studies, texts, rows)
 
     def _texts(self, studies: Sequence[StudyText], rows: Tensor, step: int) -> dict[str, list[str]]:
         texts: dict[str, list[str]] = {}
@@ -124,7 +130,7 @@ class StepBuilder:
 
     def _targets(
         self,
-        batch: "Batch",
+        labels: Tensor,
         studies: Sequence[StudyText],
         texts: dict[str, list[str]],
         rows: Tensor,
@@ -135,7 +141,7 @@ class StepBuilder:
         forgiving = self._loss.ignore_normal_pairs
         normal = [NORMAL if study.normal and forgiving else -1 for study in studies]
         polarity = (
-            batch.labels[:, : len(FINDINGS)]
+            labels[:, : len(FINDINGS)]
             if self._loss.label_informed
             else torch.from_numpy(polarity_table(studies))
         )

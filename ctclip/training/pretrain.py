@@ -6,6 +6,7 @@ run gives the same numbers on one process or eight, in one piece or after ten ki
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -37,6 +38,7 @@ from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.text import TextConfig, Tokenizer, build_tokenizer, freeze, set_trainable
 from ctclip.training import flops, health, optim, reshard, resume
 from ctclip.training.batches import StepBuilder
+from ctclip.training.feed import StepVolumes
 from ctclip.training.grad_cache import Features, accumulate
 from ctclip.training.guard import (
     Guard,
@@ -213,11 +215,11 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
         if job.progress.step == 0:
             warmup = {f"text_warmup/{name}": value for name, value in job.warmup.items()}
             monitor.write(0, warmup | job.cut_text)
-        for batch, studies, waited_s in job.batches():
+        for pieces, studies, volumes, waited_s in job.batches():
             step = job.progress.step
             optim.set_lr(job.engine.optimizer, _lr(config, step))
-            micro_batches, targets = job.builder(batch, studies, step)
-            with explained_memory(len(micro_batches[0].volume)):
+            micro_batches, targets = job.builder(pieces, studies, volumes, step)
+            with explained_memory(len(pieces[0].study)):
                 done = accumulate(
                     job.engine,
                     micro_batches,
@@ -227,7 +229,8 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
                 )
                 grad_norm = optim.take_step(job.engine) if done.usable else None
             if grad_norm is None:
-                guard.skipped_step(step, float(done.loss), batch.records)
+                records = [record for piece in pieces for record in piece.records]
+                guard.skipped_step(step, float(done.loss), records)
             else:
                 guard.took_step()
                 job.ema.update(job.model)
@@ -397,8 +400,6 @@ class _Job:
                 bank,
                 config.text,
                 config.loss,
-                micro_batch_size=config.micro_batch_size
-                or rows_per_rank(config.batch_size, distributed.world_size()),
                 seed=config.seed,
                 device=device,
             ),
@@ -421,7 +422,7 @@ class _Job:
         volume = _volume_config(self.config, self.cohort)
         return self.config.batch_size * flops.per_study(self.model, volume.size, volume.channels)
 
-    def batches(self) -> Iterator[tuple[Batch, list[StudyText], float]]:
+    def batches(self) -> Iterator[tuple[list[Batch], list[StudyText], StepVolumes, float]]:
         """This rank's part of every step still to do, and how long it was waited for."""
         config = self.config
         is_stale = self.progress.is_stale(config.checkpoint)
@@ -437,13 +438,14 @@ class _Job:
         stream = StudyStream(
             records,
             batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
             seed=config.seed,
             start=self.progress.step,
             stop=self.progress.step if is_stale else config.steps,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        batches = iter(
+        reader = iter(
             stream_loader(
                 StreamDataset(dataset, self.out),
                 stream,
@@ -453,12 +455,13 @@ class _Job:
         )
         while True:
             since = time.perf_counter()
-            read = next(batches, None)
-            if read is None:
+            read = list(itertools.islice(reader, stream.pieces))
+            if not read:
                 return
-            batch, studies = read
             waited_s = time.perf_counter() - since
-            yield dataset.finished(batch, self.device), studies, waited_s
+            pieces = [batch for batch, _ in read]
+            studies = [study for _, texts in read for study in texts]
+            yield pieces, studies, StepVolumes(pieces, dataset.finished, self.device), waited_s
 
     def restore(self, checkpoint: Path, source: Path) -> None:
         """Go on from a checkpoint, whose engine state may have been converted elsewhere."""

@@ -27,13 +27,14 @@ Key = tuple[int, int]
 
 
 class StudyStream:
-    """Keys of each of this rank's batches, from ``start`` to ``stop``. A batch sampler.
+    """Keys of each of this rank's micro-batches, from ``start`` to ``stop``. A batch sampler.
 
     A study with several reconstructions gives one of them per epoch, drawn anew each time.
 
     Args:
         records: One per volume, in the data set's order.
         batch_size: Studies per step over all ranks; must be a multiple of ``world_size``.
+        micro_batch_size: Studies that are read as one; None is the rank's share of a step.
         seed: Of the run.
         start: Steps already done.
         stop: Where the run ends.
@@ -46,6 +47,7 @@ class StudyStream:
         records: Sequence[VolumeRecord],
         *,
         batch_size: int,
+        micro_batch_size: int | None = None,
         seed: int,
         start: int,
         stop: int,
@@ -60,10 +62,17 @@ class StudyStream:
         self._seed = seed
         self._start, self._stop = start, stop
         rows = batch_size // world_size
-        self._share = slice(rank * rows, (rank + 1) * rows)
+        first, end = rank * rows, (rank + 1) * rows
+        size = micro_batch_size or rows
+        self._cuts = [slice(i, min(i + size, end)) for i in range(first, end, size)]
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches of a step."""
+        return len(self._cuts)
 
     def __len__(self) -> int:
-        return max(0, self._stop - self._start)
+        return max(0, self._stop - self._start) * self.pieces
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
@@ -74,7 +83,8 @@ class StudyStream:
                 if wanted != epoch:
                     epoch, order = wanted, self._order(wanted)
                 keys.append((epoch, int(order[place])))
-            yield keys[self._share]
+            for cut in self._cuts:
+                yield keys[cut]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's volumes, one per study."""
@@ -124,14 +134,18 @@ class StreamDataset(Dataset[Sample]):
 def stream_loader(
     dataset: StreamDataset, stream: StudyStream, *, workers: int, pin_memory: bool
 ) -> "DataLoader[tuple[Batch, list[StudyText]]]":
-    """Read volumes and reports ahead along a stream, in its order whatever ``workers`` is."""
+    """Read volumes and reports ahead along a stream, in its order whatever ``workers`` is.
+
+    A step ahead at least: while it is computed, all of the next one is read.
+    """
+    ahead = max(2, -(-stream.pieces // workers)) if workers else None
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=stream,  # type: ignore[arg-type]
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=ahead,
         worker_init_fn=_outlive_sigterm,
     )
 

@@ -1,6 +1,7 @@
 """The two towers as the engine sees them: one forward from a micro-batch to its features."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What passes through the towers at once, on the device."""
+    """What passes through the towers at once."""
 
-    volume: Tensor
-    """``(m, C, D, H, W)`` in [-1, 1]."""
+    volume: Callable[[], Tensor]
+    """Gives ``(m, C, D, H, W)`` in [-1, 1] on the device; called in every forward, so that only
+    the micro-batch at hand is there."""
+
+    seed: int
+    """Of what isn't dropout but random."""
 
     texts: dict[str, Tensor]
     """Token ids ``(n, L)`` by view: ``report``, ``sentence`` (m rows), ``prompts`` (2F rows)."""
@@ -55,12 +60,13 @@ class Towers(nn.Module):
             ``logit_scale`` ``(1,)`` exponentiated when the micro-batch holds ``prompts`` (the last
             one of a step does). Float32, not normalised.
         """
-        with torch.autocast(batch.volume.device.type, torch.bfloat16, enabled=self._bf16):
+        volume = batch.volume()
+        with torch.autocast(volume.device.type, torch.bfloat16, enabled=self._bf16):
             # What isn't dropout (patch dropout) draws from torch's stream: restart it, so that
             # GradCache's second forward of this micro-batch repeats the first.
-            torch.manual_seed(int(batch.keys["volume"][0]) & (2**63 - 1))
+            torch.manual_seed(batch.seed)
             self._sample_keys.keys = batch.keys["volume"]
-            readouts = self.model.encode_image_readouts(batch.volume, normalize=False)
+            readouts = self.model.encode_image_readouts(volume, normalize=False)
             features = {f"image_{name}": feature for name, feature in readouts.items()}
             for view, tokens in batch.texts.items():
                 self._sample_keys.keys = batch.keys[view]

@@ -53,6 +53,17 @@ def test_the_order_does_not_depend_on_the_number_of_processes(world_size):
     assert whole(world_size) == whole(1)
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 4), (3, [3, 1]), (4, [4]), (9, [4])])
+def test_micro_batches_put_together_are_the_process_share_of_each_step(size, sizes):
+    settings = {"batch_size": 8, "seed": 3, "start": 2, "stop": 5, "rank": 1, "world_size": 2}
+    shares = list(StudyStream(records(11), **settings))
+    cut = StudyStream(records(11), micro_batch_size=size, **settings)
+
+    assert [len(keys) for keys in cut] == sizes * 3
+    assert [key for keys in cut for key in keys] == [key for share in shares for key in share]
+    assert len(cut) == 3 * cut.pieces == len(list(cut))
+
+
 def test_starting_later_gives_the_rest_of_the_same_stream():
     assert whole(start=6) == whole()[6:]
 
