@@ -1,6 +1,7 @@
 """From voxels to tokens ``(B, d, h, w, M)``: one linear map, or a small convolutional pyramid."""
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ class ConvStem(nn.Module):
         self.first = LinearStem(channels, edges, widths[0])
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(_groups(before), before),
+                _GroupNorm(_groups(before), before),
                 nn.GELU(),
                 nn.Conv3d(before, after, kernel_size=3, stride=stride, padding=1),
             )
@@ -101,6 +102,20 @@ class ConvStem(nn.Module):
             for stage in self.stages:
                 x = stage(x)
         return self.norm(rearrange(x, "b c d h w -> b d h w c"))
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Group norm in the type of its input; PyTorch takes its statistics in float32 all the same.
+
+    Autocast would make it float32, twice the memory for a stem's largest tensors, and PyTorch's
+    kernel for GPUs gives up the channels-last layout that the convolution behind it wants.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return y.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _groups(channels: int) -> int:

@@ -303,7 +303,7 @@ class ViT3D(nn.Module):
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of keeping its activations."""
+        """Recompute stem and blocks in backward instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     def compile_blocks(self) -> None:
@@ -323,7 +323,7 @@ class ViT3D(nn.Module):
             grid ``(d, h, w)`` that the N tokens come from (fewer remain under patch dropout).
         """
         check_volumes(image, self)
-        x = self.stem(_pad_to_patches(image, self.patch))
+        x = self._stem_tokens(_pad_to_patches(image, self.patch))
         batch, d, h, w, _ = x.shape
         where = [
             centred(n, step, device=x.device)
@@ -344,6 +344,16 @@ class ViT3D(nn.Module):
             else:
                 x = block(x, d, self.num_prefix, rotation)
         return self.norm(x), (d, h, w)
+
+    def _stem_tokens(self, image: Tensor) -> Tensor:
+        """Voxels to ``(B, d, h, w, M)``; with checkpointing a volume at a time.
+
+        The stem's first stages are larger than all blocks together.
+        """
+        if not (self.grad_checkpointing and self.training):
+            return self.stem(image)
+        volumes = [checkpoint(self.stem, volume, use_reentrant=False) for volume in image.split(1)]
+        return torch.cat(volumes)
 
     def _drop(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Keep the same number of random tokens in every plane, so that slice groups stay even."""

@@ -58,15 +58,25 @@ def test_a_token_becomes_the_stored_code_of_nearest_direction():
 def test_searching_in_slices_finds_the_same_codes(monkeypatch):
     codebook, tokens = Codebook(64, 8), torch.randn(5, 7, 8)
     whole = codebook.nearest(tokens)
-    monkeypatch.setattr("ctclip.models.ctvit.TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr("ctclip.models.ctvit.TOKENS_AT_ONCE", {"cpu": 3})
 
     assert torch.equal(codebook.nearest(tokens), whole)
+
+
+def test_codes_and_offsets_are_those_of_float32_under_autocast_too():
+    torch.manual_seed(0)
+    codebook, tokens, bias = Codebook(512, 64), torch.randn(512, 64), OffsetBias(16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, offsets = codebook.nearest(tokens), bias(3, 5)
+
+    assert torch.equal(codes, codebook.nearest(tokens))
+    assert torch.equal(offsets, bias(3, 5))
 
 
 def test_inference_in_slices_gives_the_same_numbers(model, monkeypatch):
     model.eval()
     whole = model(IMAGE)
-    monkeypatch.setattr("ctclip.models.ctvit.TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr("ctclip.models.ctvit.TOKENS_AT_ONCE", {"cpu": 5})
 
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGE), whole)
