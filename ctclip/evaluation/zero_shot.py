@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ctclip import distributed
 from ctclip.evaluation import metrics, plots, prompts, regions, report
 from ctclip.evaluation.scores import ScoreTable
 from ctclip.evaluation.scoring import (
@@ -25,6 +26,7 @@ from ctclip.evaluation.scoring import (
     scores_of,
 )
 from ctclip.findings import FINDINGS
+from ctclip.models.pooling import READOUTS
 
 if TYPE_CHECKING:
     from ctclip.checkpoint import Checkpoint
@@ -238,6 +240,8 @@ def evaluator(
 ) -> Callable[["CTCLIP", Any], dict[str, float]]:
     """Zero-shot AUROC during training, as the training loop's ``evaluators`` expect it.
 
+    The processes of a job share the volumes; the first one does the rest and has the answer.
+
     Args:
         cohort: Prepared volumes.
         split: Which of them.
@@ -248,7 +252,8 @@ def evaluator(
     Returns:
         A function of (model, tokenizer) to values such as ``zero_shot/macro``, and how often a
         volume's own report is among the 1, 5 and 10 nearest of the split's
-        (``retrieval/report_recall_10``). Findings that can't be measured are absent.
+        (``retrieval/report_recall_10``). Findings that can't be measured are absent; on other
+        processes than the first all of them are.
     """
     from ctclip.data.report import report_text
 
@@ -265,7 +270,15 @@ def evaluator(
         was_training = model.training
         model.eval()
         try:
-            readouts, seen = _encode(model, cohort, records, config.batch_size, windows)
+            encoded = _encode(model, cohort, records, config.batch_size, windows)
+            parts = distributed.gather_objects(encoded)
+            if not distributed.is_main():
+                return {}
+            seen = [row for _, rows in parts for row in rows]
+            readouts = {
+                name: np.concatenate([array for part, _ in parts for array in part[name]])
+                for name in READOUTS
+            }
             prompt_vectors = prompts.encode(model, tokenizer, prompt_set, FINDINGS)
             told = [i for i, row in enumerate(seen) if texts[row]]
             said = [texts[seen[i]] for i in told]
@@ -295,20 +308,24 @@ def _encode(
     records: "Sequence[VolumeRecord]",
     batch_size: int,
     windows_hu: tuple[tuple[float, float], ...],
-) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Both read-outs of the volumes that can be read, and which of the records these are."""
+) -> tuple[dict[str, list[np.ndarray]], list[int]]:
+    """Both read-outs of this process's share of the volumes, and which of the records these are.
+
+    Those that can't be read are left out.
+    """
     from ctclip.data.cohort import CorruptVolumeError
     from ctclip.data.volume import window
 
     device = next(model.parameters()).device
-    parts: dict[str, list[np.ndarray]] = {"prompt": [], "report": []}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in READOUTS}
     seen = []
+    share = range(distributed.rank(), len(records), distributed.world_size())
     with torch.inference_mode():
-        for start in range(0, len(records), batch_size):
+        for start in range(0, len(share), batch_size):
             arrays = []
-            for index, record in enumerate(records[start : start + batch_size], start):
+            for index in share[start : start + batch_size]:
                 try:
-                    arrays.append(cohort.read(record.volume_id))
+                    arrays.append(cohort.read(records[index].volume_id))
                     seen.append(index)
                 except CorruptVolumeError as error:
                     logger.warning("a volume can't be read and is left out: %s", error)
@@ -318,7 +335,7 @@ def _encode(
             image = window(hu, windows_hu)
             for name, vectors in model.encode_image_readouts(image, normalize=True).items():
                 parts[name].append(vectors.float().cpu().numpy())
-    return {name: np.concatenate(vectors) for name, vectors in parts.items()}, seen
+    return parts, seen
 
 
 def _report_recall(volumes: np.ndarray, reports: np.ndarray) -> dict[str, float]:

@@ -1,7 +1,10 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import toy_cohort
+from ranks import on_ranks
 from scipy.special import softmax
 
 from ctclip.data.cohort import CorruptVolumeError
@@ -148,3 +151,31 @@ def test_the_training_evaluator_reports_what_it_can_measure():
     assert zero_shot.evaluator(cohort, "valid")(model, tokenizer) == zero_shot.evaluator(
         rest, "valid"
     )(model, tokenizer)
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """What a small model with random weights scores on a cohort's development split."""
+    import torch
+    from training_runs import TINY
+
+    from ctclip import config
+    from ctclip.data.cohort import PreparedCohort
+    from ctclip.models.ctclip import ModelConfig, build_model
+    from ctclip.models.text import build_tokenizer
+
+    torch.manual_seed(0)
+    settings = config.from_dict(ModelConfig, TINY["model"])
+    evaluate = zero_shot.evaluator(PreparedCohort.open(folder), "valid")
+    return evaluate(build_model(settings), build_tokenizer(settings.text))
+
+
+@pytest.mark.parametrize("processes", [2, 5])  # 4 volumes: one of five has none
+def test_processes_share_the_volumes_of_an_evaluation_and_the_first_has_the_answer(
+    tmp_path, processes
+):
+    folder = toy_cohort.build(tmp_path, num_studies=16)
+    alone, shared = on_ranks(1, measured, folder), on_ranks(processes, measured, folder)
+
+    assert "zero_shot/macro" in alone[0]
+    assert shared[0] == pytest.approx(alone[0], abs=1e-6)
+    assert shared[1:] == [{}] * (processes - 1)
