@@ -88,7 +88,9 @@ def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") 
         hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
         raise ConfigError(f"{source}: unknown config key {where}{hint}")
     try:
-        return pydantic.TypeAdapter(schema).validate_python(_plain(data))
+        config = pydantic.TypeAdapter(schema).validate_python(_plain(data))
+        _refuse_truth_as_number(data, to_dict(config), source)
+        return config
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
@@ -100,6 +102,19 @@ def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") 
             complaint = f"{first['msg']}, got {first['input']!r}"
         key = f"{'.'.join(path)}: " if path else ""
         raise ConfigError(f"{source}: {key}{complaint}") from None
+
+
+def _refuse_truth_as_number(given: Any, taken: Any, source: str, key: str = "") -> None:
+    """Refuse ``lr: yes``: what reads a config would take it for 1."""
+    if isinstance(given, bool) and not isinstance(taken, bool):
+        raise ConfigError(f"{source}: {key}: expected a number, got {given}")
+    if isinstance(given, Mapping) and isinstance(taken, Mapping):
+        for name in given:
+            where = f"{key}.{name}" if key else str(name)
+            _refuse_truth_as_number(given[name], taken[name], source, where)
+    elif isinstance(given, list | tuple) and isinstance(taken, list | tuple):
+        for item, value in zip(given, taken, strict=True):
+            _refuse_truth_as_number(item, value, source, key)
 
 
 def require_at_least(config: Any, prefix: str, least: int, *names: str) -> None:

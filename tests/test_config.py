@@ -52,6 +52,9 @@ def test_a_saved_config_loads_back(tmp_path):
         ("step=1", r"unknown config key step; did you mean steps\?"),
         ("steps=many", r"steps: .*integer.*'many'"),
         ("optim=3", "optim: .*3"),
+        ("steps=true", "^command line: steps: expected a number, got True$"),
+        ("optim.lr=yes", "optim.lr: expected a number, got True"),
+        ("optim.betas=[0.9,false]", "optim.betas: expected a number, got False"),
         ("optim.lr=-1", r"^command line: optim: lr must be positive, got -1.0$"),
         (
             "optim.betas=[0.9,1.0]",
