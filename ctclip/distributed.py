@@ -33,6 +33,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU.
+
+    From then on float32 means float32: cuDNN would convolve it with TF32's 10 bits of mantissa.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    # A scheduler may show each process one GPU only, which then is number 0 for all of them.
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
 def is_main() -> bool:
     """Whether this is the process that speaks and writes."""
     return rank() == 0

@@ -141,13 +141,9 @@ def _say_what_is_no_date(
 
 
 def _device(name: str) -> str:
-    import torch
-
     from ctclip import distributed
 
-    if name != "auto":
-        return name
-    return f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
+    return str(distributed.own_device()) if name == "auto" else name
 
 
 def _join_processes() -> None:

@@ -14,33 +14,52 @@ from ctclip.data.dataset import Batch
 
 
 class StepVolumes:
-    """Hands out the volumes of a step's micro-batches, each as often as GradCache asks for it.
+    """Hands out the volumes of a step's micro-batches: the first once, all others twice.
 
     Args:
-        pieces: The micro-batches as read, in page-locked memory if ``device`` is a GPU.
+        pieces: The micro-batches as read, in page-locked memory if ``device`` is a GPU. Each is let
+            go of after its last use.
         finish: Makes of a micro-batch on the device what the model takes.
         device: Where the towers are.
+        stream: The GPU's stream for copies, one for the whole run: memory is kept for reuse by
+            stream.
     """
 
     def __init__(
-        self, pieces: Sequence[Batch], finish: Callable[[Batch], Batch], device: torch.device
+        self,
+        pieces: Sequence[Batch],
+        finish: Callable[[Batch], Batch],
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self._pieces = pieces
+        self._pieces = dict(enumerate(pieces))
+        self._number = len(pieces)
         self._finish = finish
         self._device = device
-        self._left = 2 * len(pieces) - 1  # GradCache embeds all but one of them twice
+        self._stream = stream
         self._ahead: tuple[int, Tensor] | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._once_more = set(range(1, len(pieces)))
 
     def take(self, index: int) -> Tensor:
-        """``(m, C, D, H, W)`` in [-1, 1] on the device; starts copying the micro-batch after it."""
+        """``(m, C, D, H, W)`` in [-1, 1] on the device; starts copying the micro-batch after it.
+
+        Raises:
+            KeyError: If it has been taken as often as it is there for.
+        """
         volume = self._arrived(index)
-        self._left -= 1
+        piece = self._pieces[index]
+        if index in self._once_more:
+            self._once_more.discard(index)
+        else:
+            del self._pieces[index]
+        following = (index + 1) % self._number
+        self._ahead = (following, self._copy(following)) if following in self._pieces else None
+        return self._finish(piece.with_volume(volume)).volume
+
+    def clear(self) -> None:
+        """Let go of what a skipped step leaves."""
+        self._pieces.clear()
         self._ahead = None
-        if self._left > 0:
-            following = (index + 1) % len(self._pieces)
-            self._ahead = following, self._copy(following)
-        return self._finish(self._pieces[index].with_volume(volume)).volume
 
     def _arrived(self, index: int) -> Tensor:
         if self._ahead is None or self._ahead[0] != index:

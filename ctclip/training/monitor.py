@@ -3,6 +3,7 @@
 Report text, slices and identifiers never go to a tracker.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import resource
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +27,18 @@ from ctclip.config import require_at_least
 logger = logging.getLogger(__name__)
 
 PEAK_FLOPS: dict[str, float] = {
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 FLOP/s by a part of the device's name (NVIDIA data sheets); MFU is a share of it."""
+"""Dense bf16 FLOP/s by a part of the device's name, the first that fits (NVIDIA data sheets); MFU
+is a share of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +159,13 @@ class Monitor:
         self.write(step, line)
         return line
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, evaluating and saving, out of the time that steps take."""
+        since = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - since
+
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``, the log and the trackers (rank 0 only)."""
         if not self._is_main:
@@ -164,6 +178,28 @@ class Monitor:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         for tracker in self._trackers:
             tracker.write(step, numbers)
+
+
+def require_tracker(config: MonitorConfig) -> None:
+    """Refuse a tracker that no one is logged in to, before anything is computed.
+
+    Raises:
+        ValueError: Naming what to run or to set.
+    """
+    if config.wandb != "online":
+        return
+    import wandb
+
+    # At a terminal it asks for the key, later.
+    if not wandb.login(prompt=False) and not sys.stdin.isatty():
+        raise ValueError(_no_login("no API key is known"))
+
+
+def _no_login(problem: object) -> str:
+    return (
+        f"W&B refused to start ({problem}); run `wandb login` once, or set "
+        f"monitor.wandb=offline and upload later with `wandb sync`"
+    )
 
 
 def peak_gib() -> float:
@@ -232,10 +268,7 @@ class _Wandb:
                 resume="allow" if config.wandb == "online" else None,
             )
         except wandb.errors.Error as error:
-            raise ValueError(
-                f"W&B refused to start ({error}); run `wandb login` once, or set "
-                f"monitor.wandb=offline and upload later with `wandb sync`"
-            ) from error
+            raise ValueError(_no_login(error)) from error
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ctclip import distributed
 from ctclip.config import require_at_least, require_in, require_positive
 
 if TYPE_CHECKING:
@@ -238,6 +239,9 @@ def start_processes() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        os.environ["LOCAL_RANK"] = str(local % torch.cuda.device_count())
     os.environ.setdefault("LOCAL_RANK", "0")
 
     import deepspeed
@@ -246,7 +250,7 @@ def start_processes() -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(distributed.own_device())
 
 
 def start_engine(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -47,7 +47,7 @@ from ctclip.training.guard import (
     explained_memory,
     leaves_on_sigterm,
 )
-from ctclip.training.monitor import Monitor, MonitorConfig
+from ctclip.training.monitor import Monitor, MonitorConfig, require_tracker
 from ctclip.training.objective import LossConfig, Objective
 from ctclip.training.optim import EngineConfig, OptimConfig
 from ctclip.training.stream import StreamDataset, StudyStream, rows_per_rank, stream_loader
@@ -68,6 +68,9 @@ ENGINE_TAG = "engine"
 
 EMA_FILE = "ema.safetensors"
 
+RESHARDED = "resharded"
+"""Folder of a checkpoint that is converted to another number of processes, until it is loaded."""
+
 BYTES_PER_WEIGHT = 4 * (1 + 3 + 2)
 """Of one checkpoint: the model file; weights and two moments; room for the average and slack."""
 
@@ -78,7 +81,8 @@ TRAINED = ("checkpoints", "model.safetensors", "best.safetensors")
 """Files of a run folder that hold what was computed."""
 
 Evaluator = Callable[[CTCLIP, Tokenizer], dict[str, float]]
-"""Measures a model during training, e.g. zero-shot AUROC; called on rank 0 in eval mode."""
+"""Measures a model during training, e.g. zero-shot AUROC. Called in eval mode on all ranks,
+which hold the same model and may share the work; rank 0's answer counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,10 @@ class CheckpointConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
 
     best_metric: str = "zero_shot/macro"
-    """Which of the evaluators' numbers picks ``best.safetensors`` (higher is better)."""
+    """Which of the evaluators' numbers picks ``best.safetensors``."""
+
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Of that number: AUROC and recall want the highest, ``health/uniformity`` the lowest."""
 
     patience: int = 0
     """Stop after this many evaluations without a better one; 0 never stops early."""
@@ -176,7 +183,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
 
     Args:
         config: The run.
-        evaluators: Each measures the model every ``checkpoint.evaluate_every`` steps on rank 0.
+        evaluators: Each measures the model every ``checkpoint.evaluate_every`` steps.
 
     Returns:
         The model file, ``OUT/model.safetensors``.
@@ -209,7 +216,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             configuration.to_dict(config),
             start_step=job.progress.step,
             total_steps=config.steps,
-            flops_per_step=job.flops_per_step(),
+            flops_per_step=job.flops_per_step,
         ) as monitor,
     ):
         if job.progress.step == 0:
@@ -251,13 +258,15 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
             is_due = is_last or _every(step, config.checkpoint.evaluate_every)
             # When time is short, saving comes first; a diverging model is not worth measuring.
             if is_due and guard.is_sound and not guard.should_stop:
-                monitor.write(step, job.evaluate(evaluators, done.features))
+                with monitor.paused():
+                    monitor.write(step, job.evaluate(evaluators, done.features))
             is_stale = job.progress.is_stale(config.checkpoint)
             stops = is_last or is_stale or guard.should_stop
             # Never in a row of skipped steps, after which the run may have to go back; but a run
             # that has come to its end has a model.
             if is_last or (guard.is_sound and (stops or _every(step, config.checkpoint.every))):
-                job.save()
+                with monitor.paused():
+                    job.save()
             if distributed.is_main():
                 _say_why(config, job.progress, guard, is_stale=is_stale, is_last=is_last)
             if stops:
@@ -296,6 +305,8 @@ def check(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> dict[
             "ZeRO 3 x evaluation during training is refused: no process holds a whole model; set "
             "checkpoint.evaluate_every=0 and evaluate model.safetensors of a checkpoint"
         )
+    if distributed.is_main():
+        require_tracker(config.monitor)
     _require_no_other_run(Path(config.out), config)
     return settings
 
@@ -336,6 +347,8 @@ class _Job:
     warmup: dict[str, float]
     cut_text: dict[str, float]
     """How much of the training reports the tokenizer leaves out."""
+    flops_per_step: float | None
+    """Of the whole job; None on a CPU, whose peak isn't known."""
     evaluation: tuple[int, dict[str, float]] = (0, {})
     """The step that was measured last, and its numbers."""
 
@@ -345,7 +358,7 @@ class _Job:
     ) -> "_Job":
         """Build model, data and engine, and go on from the checkpoint where there is one."""
         out = Path(config.out)
-        device = _device()
+        device = distributed.own_device()
         cohort = PreparedCohort.open(Path(config.cohort))
         records = _with_reports(cohort.split("train"), config)
         studies = read_sample(records, seed=config.seed)
@@ -372,6 +385,8 @@ class _Job:
             freeze(model.text)
         if config.optim.volume_lr_scale == 0.0:
             freeze(model.visual)
+        # Before it compiles: blocks whose first call is being counted would never be compiled.
+        flops_per_step = _flops_per_step(config, cohort, model) if device.type == "cuda" else None
         if config.engine.compile:
             model.visual.compile_blocks()
 
@@ -409,18 +424,12 @@ class _Job:
             device=device,
             warmup=warmup,
             cut_text=_cut_text(records, tokenizer, config.text),
+            flops_per_step=flops_per_step,
         )
         if checkpoint is not None and source is not None:
             job.restore(checkpoint, source)
         engine.train()
         return job
-
-    def flops_per_step(self) -> float | None:
-        """Of the whole job; None on a CPU, whose peak isn't known."""
-        if self.device.type != "cuda":
-            return None
-        volume = _volume_config(self.config, self.cohort)
-        return self.config.batch_size * flops.per_study(self.model, volume.size, volume.channels)
 
     def batches(self) -> Iterator[tuple[list[Batch], list[StudyText], StepVolumes, float]]:
         """This rank's part of every step still to do, and how long it was waited for."""
@@ -453,15 +462,20 @@ class _Job:
                 pin_memory=self.device.type == "cuda",
             )
         )
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         while True:
             since = time.perf_counter()
             read = list(itertools.islice(reader, stream.pieces))
             if not read:
                 return
             waited_s = time.perf_counter() - since
-            pieces = [batch for batch, _ in read]
-            studies = [study for _, texts in read for study in texts]
-            yield pieces, studies, StepVolumes(pieces, dataset.finished, self.device), waited_s
+            batches, texts = zip(*read, strict=True)
+            volumes = StepVolumes(batches, dataset.finished, self.device, copies)
+            # What goes on from here knows of the volumes, but only their feed holds them.
+            pieces = [batch.with_volume(batch.volume[:0]) for batch in batches]
+            del read, batches
+            yield pieces, list(itertools.chain(*texts)), volumes, waited_s
+            volumes.clear()
 
     def restore(self, checkpoint: Path, source: Path) -> None:
         """Go on from a checkpoint, whose engine state may have been converted elsewhere."""
@@ -471,7 +485,9 @@ class _Job:
         self.warmup = state["warmup"]
         if self.ema.decay is not None:
             self.ema.weights = load_file(checkpoint / EMA_FILE, device=str(self.device))
+        distributed.barrier()  # every rank has read what is removed now
         if distributed.is_main():
+            shutil.rmtree(self.out / RESHARDED, ignore_errors=True)
             logger.info("going on from step %d (%s)", self.progress.step, checkpoint)
 
     def save(self) -> None:
@@ -525,14 +541,14 @@ class _Job:
             )
 
     def evaluate(self, evaluators: Sequence[Evaluator], features: Features) -> dict[str, float]:
-        """Measure the model on rank 0, tell every rank, and keep the best one."""
+        """Measure the model, tell every rank, and keep the best one."""
         paired = features.get("report", features.get("sentence"))
         metrics: dict[str, float] = {}
         if paired is not None:
             image = distributed.gather(features["image_report"].detach())
             measured = health.embedding_health(image, distributed.gather(paired.detach()))
             metrics = {f"health/{name}": value for name, value in measured.items()}
-        if distributed.is_main() and self.engine.zero_optimization_stage() < 3:
+        if self.engine.zero_optimization_stage() < 3:
             with self.ema.applied(self.model):
                 self.model.eval()
                 metrics["health/prompt_direction_spread"] = prompt_spread(
@@ -553,13 +569,19 @@ class _Job:
             if progress.best is None and progress.step < self.config.steps:
                 self._require_best_metric(metrics)
             return
-        if progress.best is not None and not value > progress.best:
+        if not self._is_better(value):
             progress.evaluations_since_best += 1
             return
         progress.best, progress.best_step = value, progress.step
         progress.evaluations_since_best = 0
         with resume.explained_disk_errors(self.out):
             self.save_model(self.out / "best.safetensors")
+
+    def _is_better(self, value: float) -> bool:
+        best = self.progress.best
+        if best is None:
+            return not math.isnan(value)
+        return value > best if self.config.checkpoint.best_is == "highest" else value < best
 
     def _require_best_metric(self, metrics: dict[str, float]) -> None:
         """Say that no model will be called the best; refuse it where one was asked for.
@@ -596,12 +618,11 @@ def _say_why(
         saved = "is saved" if guard.is_sound else "was skipped, the checkpoint before it stays"
         logger.warning("asked to terminate: step %d %s, stopping", progress.step, saved)
     elif is_stale and not is_last:
+        found = "was never a number"
+        if progress.best is not None:
+            found = f"was best, {progress.best:.4g}, at step {progress.best_step}"
         logger.info(
-            "stopping early at step %d: %s was best, %.4g, at step %d",
-            progress.step,
-            config.checkpoint.best_metric,
-            progress.best,
-            progress.best_step,
+            "stopping early at step %d: %s %s", progress.step, config.checkpoint.best_metric, found
         )
     elif is_last and not guard.is_sound:
         logger.warning(
@@ -633,7 +654,7 @@ def _checkpoint_to_load(
     ):
         return checkpoint
     settings["checkpoint"] = {"load_universal": True}
-    return reshard.to_universal(checkpoint, ENGINE_TAG, out / "resharded")
+    return reshard.to_universal(checkpoint, ENGINE_TAG, out / RESHARDED)
 
 
 def _require_no_other_run(out: Path, config: PretrainConfig) -> None:
@@ -689,10 +710,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", distributed.local_rank())
-    return torch.device("cpu")
+def _flops_per_step(config: PretrainConfig, cohort: PreparedCohort, model: CTCLIP) -> float:
+    volume = _volume_config(config, cohort)
+    size = (config.augment.crop_voxels if config.augment else None) or volume.size
+    return config.batch_size * flops.per_study(model, size, volume.channels)
 
 
 def _with_reports(records: list[VolumeRecord], config: PretrainConfig) -> list[VolumeRecord]:

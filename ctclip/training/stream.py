@@ -136,9 +136,9 @@ def stream_loader(
 ) -> "DataLoader[tuple[Batch, list[StudyText]]]":
     """Read volumes and reports ahead along a stream, in its order whatever ``workers`` is.
 
-    A step ahead at least: while it is computed, all of the next one is read.
+    While a step is computed, all of the next one is read: more would only fill the memory.
     """
-    ahead = max(2, -(-stream.pieces // workers)) if workers else None
+    ahead = -(-stream.pieces // workers) if workers else None
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=stream,  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Run, column, losses_of, pretrain, weights_of
+from training_runs import RISES_AND_FALLS, Run, column, losses_of, pretrain, weights_of
 
 COMPILED = (
     pytest.mark.slow,
@@ -75,7 +75,7 @@ def test_bf16_follows_fp32_within_its_precision_and_keeps_fp32_weights(cohort, p
         ),
         (
             {"zero_optimization": {"stage": 3}},
-            {"stub_evaluator": True},
+            {"evaluations": RISES_AND_FALLS},
             "ZeRO 3 x evaluation during training is refused",
         ),
         (

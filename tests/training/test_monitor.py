@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from ctclip.training.monitor import Monitor, MonitorConfig
+from ctclip.training.monitor import Monitor, MonitorConfig, require_tracker
 
 
 def monitor(out, start_step=0, **changes):
@@ -80,6 +80,22 @@ def test_online_wandb_without_a_login_says_what_to_do(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="run `wandb login` once, or set monitor.wandb=offline"):
         monitor(tmp_path, wandb="online")
+    with pytest.raises(ValueError, match="run `wandb login` once, or set monitor.wandb=offline"):
+        require_tracker(MonitorConfig(wandb="online"))
+
+
+def test_evaluating_and_saving_are_no_part_of_a_steps_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ctclip.training.monitor.time.perf_counter", lambda: now[0])
+    with monitor(tmp_path, log_every=1) as running:
+        now[0] += 2.0
+        with running.paused():
+            now[0] += 100.0
+        now[0] += 2.0
+        line = running.step(1, volumes=8, waited_s=1.0, numbers={})
+
+    assert line["volumes_per_s"] == 2.0
+    assert line["data_wait_share"] == 0.25
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toy_cohort
-from training_runs import Run, column, losses_of, pretrain, weights_of
+from training_runs import RISES_AND_FALLS, Run, column, losses_of, pretrain, weights_of
 
 from ctclip import checkpoint
 from ctclip.data.cohort import PreparedCohort
@@ -191,7 +192,7 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort
     pretrain(
         cohort,
         out,
-        stub_evaluator=True,
+        evaluations=RISES_AND_FALLS,
         checkpoint={"every": 100, "evaluate_every": 1, "patience": 2},
     )
 
@@ -202,17 +203,33 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(cohort
     assert checkpoint.load(out / "model.safetensors").provenance["step"] == 4
 
 
+def test_the_lowest_number_can_be_the_best_one_and_what_is_no_number_never_is(cohort, tmp_path):
+    out = tmp_path / "run"
+    wanted = {"every": 100, "evaluate_every": 1, "patience": 3, "best_is": "lowest"}
+    values = [math.nan, 0.4, 0.3, math.nan, 0.35, 0.3]
+    pretrain(cohort, out, evaluations=values, checkpoint=wanted)
+
+    assert checkpoint.load(out / "best.safetensors").provenance["step"] == 3
+    assert len(losses_of(out)) == 6
+
+    hopeless = tmp_path / "hopeless"
+    run = Run(cohort, hopeless, 1, {"evaluations": [math.nan] * 6, "checkpoint": wanted})
+    assert run.wait() == [0]
+    assert "stopping early at step 3: zero_shot/macro was never a number" in run.said()
+    assert not (hopeless / "best.safetensors").exists()
+
+
 def test_a_best_metric_that_no_evaluation_gives_stops_the_run_and_loses_no_step(cohort, tmp_path):
     out = tmp_path / "run"
     wrong = {"every": 100, "evaluate_every": 2, "best_metric": "zero_shot/macroo"}
-    run = Run(cohort, out, 2, {"stub_evaluator": True, "checkpoint": wrong})
+    run = Run(cohort, out, 2, {"evaluations": RISES_AND_FALLS, "checkpoint": wrong})
 
     assert run.wait() == [1, 1]
     assert "the evaluation gave no 'zero_shot/macroo'; it gave health/" in run.said()
     assert "zero_shot/macro. Set checkpoint.best_metric" in run.said()
     assert len(losses_of(out)) == 2
     mended = wrong | {"best_metric": "zero_shot/macro"}
-    run = Run(cohort, out, 2, {"stub_evaluator": True, "checkpoint": mended})
+    run = Run(cohort, out, 2, {"evaluations": RISES_AND_FALLS, "checkpoint": mended})
     assert run.wait() == [0, 0]
     assert "going on from step 2" in run.said()
     assert (out / "best.safetensors").exists()
@@ -237,7 +254,7 @@ def test_a_text_warm_up_of_any_length_runs(cohort, tmp_path, steps):
 def test_a_model_carries_no_evaluation_of_other_weights(cohort, tmp_path):
     out = tmp_path / "run"
     changes = {"checkpoint": {"every": 3, "evaluate_every": 2}, "steps": 4}
-    pretrain(cohort, out, stub_evaluator=True, **changes)
+    pretrain(cohort, out, evaluations=RISES_AND_FALLS, **changes)
 
     carried = {
         path.name: checkpoint.load(path / "model.safetensors").provenance["evaluation"]
@@ -329,3 +346,4 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
     assert len(lines) == 6
     assert column(lines) == pytest.approx(column(losses_of(undisturbed)), rel=1e-5)
+    assert not (out / "resharded").exists()
