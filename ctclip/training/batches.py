@@ -135,9 +135,10 @@ class StepBuilder:
         texts: dict[str, list[str]],
         rows: Tensor,
     ) -> Targets:
-        # A shuffled report is still the same report: identity is that of the text as written.
+        # A shuffled report is still the same report, and what is left of two may be the same too.
         whole = [text_id(f"{study.findings}\n{study.impression}") for study in studies]
-        sentence = [text_id(text) for text in texts.get("sentence", [""] * len(studies))]
+        shown = [text_id(text) for text in texts.get("report", ())] or whole
+        sentence = [text_id(text) for text in texts.get("sentence", ())] or whole
         forgiving = self._loss.ignore_normal_pairs
         normal = [NORMAL if study.normal and forgiving else -1 for study in studies]
         polarity = (
@@ -146,11 +147,11 @@ class StepBuilder:
             else torch.from_numpy(polarity_table(studies))
         )
         return Targets(
-            identity=_columns(rows, whole, normal).to(self._device),
-            sentence_identity=_columns(rows, sentence, normal).to(self._device),
+            identity=_columns(rows, whole, shown, normal).to(self._device),
+            sentence_identity=_columns(rows, whole, sentence, normal).to(self._device),
             polarity=polarity.to(self._device),
         )
 
 
-def _columns(rows: Tensor, text: Sequence[int], normal: Sequence[int]) -> Tensor:
-    return torch.stack([rows, torch.tensor(text), torch.tensor(normal)], dim=1)
+def _columns(rows: Tensor, *ids: Sequence[int]) -> Tensor:
+    return torch.stack([rows, *(torch.tensor(column) for column in ids)], dim=1)

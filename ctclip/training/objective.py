@@ -87,10 +87,11 @@ class Targets:
     """What this rank's rows are compared with."""
 
     identity: Tensor
-    """``(b, K)`` int64, see :func:`ctclip.losses.info_nce`: study, report text, normality."""
+    """``(b, K)`` int64, see :func:`ctclip.losses.info_nce`: study, report as written, report as
+    shown, normality."""
 
     sentence_identity: Tensor
-    """``(b, K)`` int64: the same with the sentence in place of the report."""
+    """``(b, K)`` int64: the same with the sentence in place of the report as shown."""
 
     polarity: Tensor
     """``(b, F)`` 1, 0 or nan."""
