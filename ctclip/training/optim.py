@@ -64,6 +64,10 @@ class OptimConfig:
         require_in(self, "optim.", 0, 1, "final_lr_share")
         require_in(self, "optim.", 0, 1, "betas", "ema_decay", ends="[)")
         require_in(self, "optim.", 0, 1, "layer_decay", ends="(]")
+        if self.volume_lr_scale == self.text_lr_scale == 0.0:
+            raise ValueError(
+                "optim.volume_lr_scale and optim.text_lr_scale are both 0: no tower would learn"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +237,13 @@ def start_processes() -> None:
     Works under the ``deepspeed`` launcher, torchrun, SLURM wrappers that set ``RANK``, and plain
     ``python``. Nothing is compiled: DeepSpeed would otherwise build a shared-memory op on first
     use, which wants a C++ compiler and a minute.
+
+    Raises:
+        ValueError: If a launcher set some of the variables and not others.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _require_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -251,6 +259,24 @@ def start_processes() -> None:
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.own_device())
+
+
+def _require_launcher() -> None:
+    """Refuse processes that were told half of what they need to find each other."""
+    if "RANK" not in os.environ:
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        if tasks > 1:
+            raise ValueError(
+                f"srun started {tasks} processes that don't know of each other: set RANK, "
+                f"WORLD_SIZE and LOCAL_RANK from SLURM's variables, see docs/training.md"
+            )
+        return
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise ValueError(
+            f"RANK is set and {', '.join(missing)} not: a launcher sets all of them, see "
+            f"docs/training.md; for a single process unset RANK"
+        )
 
 
 def start_engine(
