@@ -59,6 +59,8 @@ def read(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[
     source = _source(path)
     try:
         base = OmegaConf.load(path) if path is not None else OmegaConf.create({})
+        if not OmegaConf.is_dict(base):
+            raise ConfigError(f"{source}: expected a mapping of keys to values at the top level")
         data = OmegaConf.to_container(
             OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides))), resolve=True
         )

@@ -84,6 +84,14 @@ def test_a_broken_yaml_is_named(tmp_path):
         config.load(Run, path)
 
 
+def test_a_list_is_no_config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("- steps: 5\n")
+
+    with pytest.raises(config.ConfigError, match=r"run.yaml: expected a mapping of keys"):
+        config.load(Run, path, ["steps=3"])
+
+
 def test_values_of_flags_win_and_are_never_parsed():
     run = config.load(Run, None, ["note=from override"], values={"note": "effusion: [large"})
 

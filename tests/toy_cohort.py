@@ -14,7 +14,13 @@ SIZE = (8, 16, 16)
 VISIBLE = ("Pleural effusion", "Cardiomegaly", "Emphysema")
 
 
-def build(out: Path, num_studies: int = 48, reconstructions: int = 1, seed: int = 0) -> Path:
+def build(
+    out: Path,
+    num_studies: int = 48,
+    reconstructions: int = 1,
+    seed: int = 0,
+    labelled: bool = True,
+) -> Path:
     """Write a cohort whose first three quarters are for training; returns its folder."""
     recipe = VolumeConfig(spacing_mm=(8.0, 8.0, 8.0), size=SIZE)
     folder = out / recipe.fingerprint()
@@ -49,7 +55,7 @@ def build(out: Path, num_studies: int = 48, reconstructions: int = 1, seed: int 
                     split="train" if study < num_studies * 3 // 4 else "valid",
                     path=None,
                     findings=f"Study {study}. " + " ".join(sentences),
-                    labels={name: float(present) for name, present in has.items()},
+                    labels={name: float(x) for name, x in has.items()} if labelled else {},
                 )
             )
     write_cohort_manifest(folder, records, outcomes)

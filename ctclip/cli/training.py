@@ -25,7 +25,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
 
     asked = config.read(args.config, args.overrides)
     for key in ("cohort", "out"):
-        if key not in asked:
+        if not asked.get(key):
             raise ValueError(f"{key}=FOLDER is missing; --help shows a whole command")
     require_cohort(str(asked["cohort"]))
 
@@ -46,6 +46,11 @@ def _evaluators(settings: Any) -> list[Any]:
 
     cohort = PreparedCohort.open(settings.cohort)
     if not any(record.split == "valid" for record in cohort.records):
+        if settings.checkpoint.patience:
+            raise ValueError(
+                f"checkpoint.patience={settings.checkpoint.patience} waits for zero-shot AUROC on "
+                f"the split 'valid', and {settings.cohort} has none; set checkpoint.patience=0"
+            )
         if distributed.is_main():
             logging.getLogger(__name__).warning("no split 'valid': no zero-shot AUROC in training")
         return []

@@ -84,7 +84,7 @@ class PreparedCohort:
             from ctclip.data.shards import open_packed
 
             return open_packed(url)
-        path = _find(Path(path))
+        path = find_cohort(Path(path))
         config = configs.load(VolumeConfig, path / "recipe.yaml")
         if config.fingerprint() != path.name:
             raise ValueError(
@@ -242,7 +242,13 @@ def _url(path: str | Path) -> str | None:
     return f"{scheme}:///{rest}" if scheme in ("file", "local") else f"{scheme}://{rest}"
 
 
-def _find(path: Path) -> Path:
+def find_cohort(path: Path) -> Path:
+    """The folder of a prepared cohort: this one, or the only one in it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If there are several.
+    """
     if (path / "recipe.yaml").exists() and (path / "manifest.csv").exists():
         return path.resolve()
     found = sorted(file.parent for file in path.glob("*/manifest.csv"))

@@ -276,10 +276,11 @@ def _readable(
 def space_of(checkpoint: "Checkpoint") -> dict[str, str]:
     """The provenance of what a checkpoint embeds: equal means comparable."""
     step = checkpoint.provenance.get("step", "?")
+    mark = ", label-informed" if checkpoint.provenance.get("label_informed") else ""
     return {
         "checkpoint": checkpoint.sha256,
         "fingerprint": checkpoint.volume_config.fingerprint(),
-        "model": f"ctclip step {step}",
+        "model": f"ctclip step {step}{mark}",
     }
 
 

@@ -349,7 +349,7 @@ def set_trainable(tower: "HFTextEncoder", config: TextConfig) -> None:
             layers = layout.layers_of(bert)
             if not 0 < config.train_layers <= len(layers):
                 raise ValueError(
-                    f"train_layers is {config.train_layers}; this BERT has {len(layers)}"
+                    f"model.text.train_layers is {config.train_layers}; this BERT has {len(layers)}"
                 )
             for part in (*layout.embeddings_of(bert), *layers[: -config.train_layers]):
                 freeze(part)

@@ -181,7 +181,9 @@ def _write(
         CT_CLIP: per_k,
         CT_CLIP_PRINTED: metrics.running_mean(per_k) if per_k else {},
     }
-    lines = ["# How good the export is for finding cases", "", str(health(table)), ""]
+    model = table.provenance.get("model", "unnamed")
+    lines = ["# How good the export is for finding cases", "", f"Model: {model}.", ""]
+    lines += [str(health(table)), ""]
     for title, headings, rows in _tables(table, found, config):
         lines += [f"## {title}", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]

@@ -46,9 +46,10 @@ class MonitorConfig:
     """Where numbers go, and how often."""
 
     log_every: int = 10
-    """Steps between two lines; a line averages over the steps since the last one."""
+    """Steps between two lines; a line averages over the steps since the last one. The last step
+    writes one too."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "ctclip"
     tensorboard: bool = False
 
@@ -87,6 +88,7 @@ class Monitor:
         self._waited_s = 0.0
         self._since = time.perf_counter()
         self._flops_per_step = flops_per_step
+        self._total_steps = total_steps
         self._path = out / "metrics.jsonl"
         self._trackers: list[Any] = []
         self._bar: tqdm | None = None
@@ -100,10 +102,10 @@ class Monitor:
             desc="pretrain",
             disable=not sys.stderr.isatty(),
         )
-        if config.wandb != "off":
+        if config.wandb != "disabled":
             self._trackers.append(_Wandb(out, config, run_config))
         if config.tensorboard:
-            self._trackers.append(_TensorBoard(out))
+            self._trackers.append(_TensorBoard(out, start_step))
 
     def __enter__(self) -> "Monitor":
         return self
@@ -140,7 +142,7 @@ class Monitor:
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix(loss=f"{numbers.get('loss', float('nan')):.3f}", refresh=False)
-        if step % self._config.log_every:
+        if step % self._config.log_every and step != self._total_steps:
             return None
 
         elapsed_s = time.perf_counter() - self._since
@@ -278,14 +280,16 @@ class _Wandb:
 
 
 class _TensorBoard:
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, start_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
                 "monitor.tensorboard=true needs an extra: pip install 'ctclip[tensorboard]'"
             ) from error
-        self._writer: Any = SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(out / "tensorboard"), purge_step=start_step + 1
+        )
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():

@@ -1,7 +1,7 @@
 """The pretraining loop: prepared cohort in, checkpoints out.
 
-Read :func:`run` from top to bottom. Every random choice is a function of (seed, step, study), so a
-run gives the same numbers on one process or eight, in one piece or after ten kills.
+Read :func:`_train` from top to bottom. Every random choice is a function of (seed, step, study), so
+that a run gives the same numbers on one process or eight, in one piece or after ten kills.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from ctclip import distributed, losses
 from ctclip.config import require_at_least, require_in
 from ctclip.data.augment import AugmentConfig
 from ctclip.data.cache import PreparedCohort
+from ctclip.data.cohort import find_cohort
 from ctclip.data.dataset import Batch, CohortDataset
 from ctclip.data.manifest import VolumeRecord
 from ctclip.data.volume import VolumeConfig
@@ -47,6 +49,7 @@ from ctclip.training.guard import (
     explained_memory,
     leaves_on_sigterm,
 )
+from ctclip.training.lock import sole_job
 from ctclip.training.monitor import Monitor, MonitorConfig, require_tracker
 from ctclip.training.objective import LossConfig, Objective
 from ctclip.training.optim import EngineConfig, OptimConfig
@@ -73,6 +76,13 @@ RESHARDED = "resharded"
 
 BYTES_PER_WEIGHT = 4 * (1 + 3 + 2)
 """Of one checkpoint: the model file; weights and two moments; room for the average and slack."""
+
+LOWER_IS_BETTER = (
+    "health/alignment",
+    "health/uniformity",
+    "health/prompt_direction_spread",
+    "zero_shot/prompt_direction_spread",
+)
 
 HARMLESS = ("out", "micro_batch_size", "workers", "guard", "checkpoint", "monitor")
 """What may change when a run goes on: it doesn't move the numbers beyond rounding."""
@@ -108,6 +118,11 @@ class CheckpointConfig:
     """Stop after this many evaluations without a better one; 0 never stops early."""
 
     def __post_init__(self) -> None:
+        if self.best_metric in LOWER_IS_BETTER and self.best_is == "highest":
+            raise ValueError(
+                f"checkpoint.best_metric={self.best_metric} is better the lower it is; set "
+                f"checkpoint.best_is=lowest"
+            )
         require_at_least(self, "checkpoint.", 0, "every", "evaluate_every", "patience")
         require_at_least(self, "checkpoint.", 1, "keep")
         if self.patience and not self.evaluate_every:
@@ -166,10 +181,12 @@ class PretrainConfig:
             VolumeConfig(windows_hu=self.windows_hu)  # refuses what can't be a window
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (a negative), got {self.batch_size}")
-        if self.start_from is not None and _without_text_training(self.model) != ModelConfig():
+        theirs = _changed(_without_text_training(self.model), ModelConfig())
+        if self.start_from is not None and theirs:
             raise ValueError(
-                "start_from takes the model from its checkpoint; of model, set nothing but "
-                "model.text.train, train_layers and lora_rank"
+                f"start_from takes the model from its checkpoint: remove "
+                f"{', '.join(f'model.{key}' for key in theirs)} from the config; of model, only "
+                f"model.text.train, train_layers and lora_rank may stand beside it"
             )
         if self.model.logit_bias_init is not None and self.loss.contrastive != "siglip":
             raise ValueError(
@@ -196,6 +213,13 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
     """
     settings = check(config, evaluators)
     optim.start_processes()
+    with sole_job(Path(config.out)):
+        return _train(_located(config), settings, evaluators)
+
+
+def _train(
+    config: PretrainConfig, settings: dict[str, Any], evaluators: Sequence[Evaluator]
+) -> Path:
     model = Path(config.out) / "model.safetensors"
     checkpoint = resume.newest_intact(model.parent / "checkpoints")
     if checkpoint is not None and _is_finished(config, checkpoint):
@@ -307,7 +331,7 @@ def check(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> dict[
         )
     if distributed.is_main():
         require_tracker(config.monitor)
-    _require_no_other_run(Path(config.out), config)
+    _require_no_other_run(Path(config.out), _located(config))
     return settings
 
 
@@ -318,6 +342,8 @@ class Progress:
     step: int = 0
     skipped: tuple[int, int] = (0, 0)
     best: float | None = None
+    best_of: str = ""
+    """What ``best`` is a value of; another choice starts anew."""
     best_step: int = 0
     evaluations_since_best: int = 0
 
@@ -333,6 +359,8 @@ class _Job:
     config: PretrainConfig
     out: Path
     cohort: PreparedCohort
+    dataset: CohortDataset
+    """The studies to learn from."""
     model: CTCLIP
     model_config: ModelConfig
     tokenizer: Tokenizer
@@ -359,10 +387,20 @@ class _Job:
         """Build model, data and engine, and go on from the checkpoint where there is one."""
         out = Path(config.out)
         device = distributed.own_device()
-        cohort = PreparedCohort.open(Path(config.cohort))
+        cohort = PreparedCohort.open(config.cohort)
         records = _with_reports(cohort.split("train"), config)
+        dataset = CohortDataset(
+            cohort,
+            records,
+            config.augment,
+            config.windows_hu,
+            seed=config.seed,
+            finish_later=device.type == "cuda",
+        )
         studies = read_sample(records, seed=config.seed)
+        _warn_of_silence(studies)
         bank = SentenceBank(studies)
+        finding_rate = _finding_rate(config, bank, records)
 
         torch.manual_seed(config.seed)
         model, model_config, tokenizer, origin = _model(config, cohort)
@@ -405,6 +443,7 @@ class _Job:
             config=config,
             out=out,
             cohort=cohort,
+            dataset=dataset,
             model=model,
             model_config=model_config,
             tokenizer=tokenizer,
@@ -418,7 +457,7 @@ class _Job:
                 seed=config.seed,
                 device=device,
             ),
-            objective=Objective(config.loss, _finding_rate(config, bank, records).to(device)),
+            objective=Objective(config.loss, finding_rate.to(device)),
             ema=optim.WeightAverage(model, config.optim.ema_decay),
             progress=Progress(),
             device=device,
@@ -435,17 +474,9 @@ class _Job:
         """This rank's part of every step still to do, and how long it was waited for."""
         config = self.config
         is_stale = self.progress.is_stale(config.checkpoint)
-        records = _with_reports(self.cohort.split("train"), config)
-        dataset = CohortDataset(
-            self.cohort,
-            records,
-            config.augment,
-            config.windows_hu,
-            seed=config.seed,
-            finish_later=self.device.type == "cuda",
-        )
+        dataset = self.dataset
         stream = StudyStream(
-            records,
+            dataset.records,
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
             seed=config.seed,
@@ -483,6 +514,7 @@ class _Job:
         state = resume.read_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self.warmup = state["warmup"]
+        self.origin = state.get("origin", self.origin)  # whatever start_from's file holds today
         if self.ema.decay is not None:
             self.ema.weights = load_file(checkpoint / EMA_FILE, device=str(self.device))
         distributed.barrier()  # every rank has read what is removed now
@@ -501,6 +533,7 @@ class _Job:
             {
                 "progress": dataclasses.asdict(self.progress),
                 "warmup": self.warmup,
+                "origin": self.origin,
                 "world_size": distributed.world_size(),
                 "zero_stage": self.engine.zero_optimization_stage(),
             },
@@ -563,8 +596,11 @@ class _Job:
         return metrics
 
     def _note_best(self, metrics: dict[str, float]) -> None:
-        value = metrics.get(self.config.checkpoint.best_metric)
-        progress = self.progress
+        wanted, progress = self.config.checkpoint, self.progress
+        value = metrics.get(wanted.best_metric)
+        choice = f"{wanted.best_is} {wanted.best_metric}"
+        if progress.best_of != choice:
+            progress.best, progress.best_of, progress.evaluations_since_best = None, choice, 0
         if value is None:
             if progress.best is None and progress.step < self.config.steps:
                 self._require_best_metric(metrics)
@@ -754,6 +790,36 @@ def _cut_text(
     }
 
 
+def _located(config: PretrainConfig) -> PretrainConfig:
+    """The config with whole paths: it is read again from other folders."""
+    cohort, start, engine = config.cohort, config.start_from, config.engine
+    if Path(cohort).is_dir():
+        cohort = os.path.realpath(find_cohort(Path(cohort)))
+    if start is not None and Path(start).exists():
+        start = os.path.realpath(start)
+    if engine.deepspeed is not None:
+        engine = dataclasses.replace(engine, deepspeed=os.path.realpath(engine.deepspeed))
+    return dataclasses.replace(config, cohort=cohort, start_from=start, engine=engine)
+
+
+def _warn_of_silence(studies: Sequence[StudyText]) -> None:
+    """Say so where reports aren't in a language or style whose findings are recognised."""
+    telling = sum(any(value == value for value in study.polarity) for study in studies)
+    if telling < 0.05 * len(studies) and distributed.is_main():
+        logger.warning(
+            "%d of %d training reports mention a finding that is recognised: the text warm-up and "
+            "the opposite sentences have next to nothing to learn from (English reports only)",
+            telling,
+            len(studies),
+        )
+
+
+def _changed(config: Any, other: Any) -> list[str]:
+    """Dotted names of the settings that differ."""
+    ours, theirs = (_flat(configuration.to_dict(values)) for values in (config, other))
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+
+
 def _without_text_training(model: ModelConfig) -> ModelConfig:
     plain = TextConfig()
     text = dataclasses.replace(
@@ -843,6 +909,11 @@ def _finding_rate(
     config: PretrainConfig, bank: SentenceBank, records: Sequence[VolumeRecord]
 ) -> Tensor:
     """How often each finding is stated among what the opposite-sentence term counts."""
+    if config.loss.label_informed and not any(np.isfinite(r.label_row()).any() for r in records):
+        raise ValueError(
+            f"loss.label_informed=true, and no training study of {config.cohort} has a label; give "
+            f"ctclip-prepare a table with the findings' columns, or remove it"
+        )
     if not config.loss.label_informed:
         return torch.as_tensor(bank.rate(config.loss.silence), dtype=torch.float32)
     return torch.tensor([record.label_row() for record in records]).nanmean(dim=0).nan_to_num(0.5)

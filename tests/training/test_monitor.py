@@ -45,6 +45,14 @@ def test_utilisation_is_counted_against_the_peak_of_all_devices(tmp_path, monkey
     assert line["mfu"] == pytest.approx(3.0 * line["volumes_per_s"] / 8)
 
 
+def test_the_last_step_writes_a_line_wherever_the_others_stand(tmp_path):
+    with monitor(tmp_path, log_every=8) as running:
+        for step in range(1, 11):
+            running.step(step, volumes=8, waited_s=0.0, numbers={"loss": float(step)})
+
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(8, 4.5), (10, 9.5)]
+
+
 def test_a_skipped_step_does_not_spoil_the_mean(tmp_path):
     with monitor(tmp_path) as running:
         running.step(1, volumes=8, waited_s=0.0, numbers={"loss": math.nan})

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 import toy_cohort
+import yaml
 from training_runs import RISES_AND_FALLS, Run, column, losses_of, pretrain, weights_of
 
-from ctclip import checkpoint
+from ctclip import checkpoint, config
 from ctclip.data.cohort import PreparedCohort
+from ctclip.training import optim
+from ctclip.training import pretrain as trainer
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,53 @@ def test_another_config_in_the_same_folder_is_refused(cohort, undisturbed):
 
     assert run.wait() == [1]
     assert "holds a run with another config (seed: 0 there, 5 here)" in run.said()
+
+
+def test_paths_may_be_spelt_in_another_way_when_a_run_goes_on(cohort, undisturbed, monkeypatch):
+    settings = yaml.safe_load((undisturbed / "config.yaml").read_text())
+    monkeypatch.chdir(cohort.parent.parent)
+    settings |= {"cohort": str(cohort.parent.relative_to(Path.cwd())), "out": str(undisturbed)}
+
+    trainer.check(config.from_dict(trainer.PretrainConfig, settings))  # raises nothing
+    other = config.from_dict(trainer.PretrainConfig, settings | {"steps": 5})
+    with pytest.raises(ValueError, match="holds a run with another config .steps: 6 there, 5 here"):
+        trainer.check(other)
+
+
+def test_two_jobs_never_train_in_one_folder(cohort, tmp_path):
+    out = tmp_path / "run"
+    first = Run(cohort, out, 1, {"steps": 2000})
+    wait_until(lambda: list(out.glob("checkpoints/step_*2")))
+    kept = (out / "said_0.txt").read_text()
+    second = Run(cohort, out, 2, {"steps": 2000})
+
+    assert second.wait() == [1, 1]
+    assert f"another job is training in {out}" in second.said().removeprefix(kept)
+    assert first.processes[0].is_alive()
+    first.kill()
+
+
+def test_label_informed_training_without_a_label_is_refused(tmp_path):
+    unlabelled = toy_cohort.build(tmp_path, labelled=False)
+    run = Run(unlabelled, tmp_path / "run", 1, {"loss": {"label_informed": True}})
+
+    assert run.wait() == [1]
+    assert "loss.label_informed=true, and no training study of" in run.said()
+    assert "config.yaml" not in [path.name for path in (tmp_path / "run").iterdir()]
+
+
+def test_another_choice_of_the_best_metric_starts_anew(cohort, tmp_path):
+    out = tmp_path / "run"
+    wanted = {"every": 100, "evaluate_every": 1, "best_metric": "health/effective_dim"}
+    values = {"evaluations": RISES_AND_FALLS}
+    run = Run(cohort, out, 1, {**values, "steps": 2000, "checkpoint": wanted | {"every": 2}})
+    wait_until(lambda: list(out.glob("checkpoints/step_*2")))
+    run.kill()
+    changed = wanted | {"best_metric": "zero_shot/macro"}
+    pretrain(cohort, out, **values, steps=2000, checkpoint=changed | {"patience": 2})
+
+    evaluation = checkpoint.load(out / "best.safetensors").provenance["evaluation"]
+    assert evaluation["zero_shot/macro"] == 0.7
 
 
 def test_a_cohort_that_is_not_there_leaves_no_run_behind(cohort, tmp_path):
@@ -347,3 +397,34 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert len(lines) == 6
     assert column(lines) == pytest.approx(column(losses_of(undisturbed)), rel=1e-5)
     assert not (out / "resharded").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 processes that don't know of each other"),
+    ],
+)
+def test_half_a_launcher_is_refused(monkeypatch, given, message):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ValueError, match=message):
+        optim.start_processes()
+
+
+def test_settings_that_fit_no_one_are_refused_by_name():
+    with pytest.raises(ValueError, match="remove model.vision.size from the config"):
+        trainer.PretrainConfig(
+            cohort="c",
+            out="o",
+            start_from="m",
+            model=config.from_dict(trainer.ModelConfig, {"vision": {"size": "tiny"}}),
+        )
+    with pytest.raises(ValueError, match="best_metric=health/alignment is better the lower"):
+        trainer.CheckpointConfig(best_metric="health/alignment")
+    with pytest.raises(ValueError, match="no tower would learn"):
+        optim.OptimConfig(volume_lr_scale=0, text_lr_scale=0)
