@@ -1,7 +1,7 @@
 """What would a pretraining run take on 1 to 1,024 GPUs? A model with few assumptions, all printed.
 
 python benchmarks/cost_model.py --out benchmarks/results/cost_model.json
-python benchmarks/cost_model.py --volumes-per-s 69       # put in what train_step.py measured
+python benchmarks/cost_model.py --volumes-per-s 86       # put in what train_step.py measured
 
 time of a step = max(compute, reading) + the communication that compute doesn't hide
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 class Assumptions:
     """Defaults: the base tower at 112 x 336 x 336 with CXR-BERT on H200s."""
 
-    volumes_per_s: float = 69.0
-    """One GPU: 989 TFLOP/s x 45 % MFU / 6.4 TFLOP a study. That is 3.7 forward and backward and 1.2
-    for each repeated forward, GradCache's and activation checkpointing's (``ctclip-describe
-    configs/pretrain/base.yaml --size 112 336 336``), and some 0.3 for report and sentence."""
+    volumes_per_s: float = 86.0
+    """One GPU: 989 TFLOP/s x 45 % / 5.2 TFLOP a study. That is 3.7 forward and backward, 1.2 for
+    GradCache's second forward (``ctclip-describe configs/pretrain/base.yaml --size 112 336 336``)
+    and some 0.3 for report and sentence. No activation checkpointing, which 32 volumes a card don't
+    need and which would add 1.2."""
 
     weights: float = 229e6
     """Trained parameters of both towers."""
@@ -51,15 +52,20 @@ class Assumptions:
 
 
 def bytes_per_step(a: Assumptions, batch: int, gpus: int, zero: int) -> dict[str, float]:
-    """Bytes that each GPU sends in one optimiser step, by component."""
+    """Bytes that each GPU sends in one optimiser step, by component.
+
+    In whole sets of weights (Rajbhandari et al. 2020): an all-reduce is two, a gather or a
+    reduce-scatter one. DeepSpeed all-reduces gradients at ZeRO 1 and 2 too; ZeRO 3 gathers weights
+    for the forward and for the backward. benchmarks/multi_node.py measures them.
+    """
     share = (gpus - 1) / gpus
     full = 4.0 * a.weights
     per_gpu = batch / gpus
     sent = {
         "embeddings, gather": 4.0 * a.embed_dim * a.views * per_gpu * (gpus - 1),
         "embeddings, gradient": 2 * 4.0 * a.embed_dim * a.views * batch * share,
-        "gradients": (2 if zero == 0 else 1) * full * share,
-        "weights": {0: 0.0, 1: 1.0, 2: 1.0, 3: 3.0}[zero] * full * share,
+        "gradients": {0: 2, 1: 2, 2: 2, 3: 1}[zero] * full * share,
+        "weights": {0: 0, 1: 1, 2: 1, 3: 2}[zero] * full * share,
     }
     return sent
 
