@@ -46,6 +46,8 @@ class TowerCost:
     """Kept for backward."""
     checkpointed_gib: float
     """The same with activation checkpointing: block inputs, and the insides of the largest one."""
+    stem_gib: float
+    """With checkpointing, once for a batch: the stem's insides for the volume that passes it."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class Description:
         """
         state = ADAM_BYTES_PER_PARAMETER * self.trainable_parameters
         state += 4 * (self.total_parameters - self.trainable_parameters)
-        volume = self.vision.checkpointed_gib if checkpointing else self.vision.activation_gib
-        return max(int((0.9 * memory_gib - state / GIB) / volume), 0)
+        volume, once = self.vision.activation_gib, 0.0
+        if checkpointing:
+            volume, once = self.vision.checkpointed_gib, self.vision.stem_gib
+        return max(int((0.9 * memory_gib - state / GIB - once) / volume), 0)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
@@ -204,6 +208,7 @@ def _cost(
         training_tflop=training / 1e12,
         activation_gib=kept.bytes / GIB,
         checkpointed_gib=(outside.bytes + kept.largest_part) / GIB,
+        stem_gib=kept.stem / GIB,
     )
 
 
@@ -225,6 +230,7 @@ class KeptForBackward:
         self.tower = tower
         self.bytes = 0
         self.largest_part = 0
+        self.stem = 0
         self._seen = {t.untyped_storage()._cdata for t in (*tower.parameters(), *tower.buffers())}
         self._alive: list[Tensor] = []
 
@@ -245,9 +251,14 @@ class KeptForBackward:
             before[module] = self.bytes
 
         def leave(module: nn.Module, _inputs: object, _output: object) -> None:
-            self.largest_part = max(self.largest_part, self.bytes - before[module])
+            inside = self.bytes - before[module]
+            if module in stem:
+                self.stem = max(self.stem, inside)
+            else:
+                self.largest_part = max(self.largest_part, inside)
 
-        parts = [m for m in self.tower.modules() if type(m).__name__ == "Block"]
+        stem = [module for name, module in self.tower.named_children() if name == "stem"]
+        parts = [*stem, *(m for m in self.tower.modules() if type(m).__name__ == "Block")]
         hooks = [part.register_forward_pre_hook(enter) for part in parts]
         hooks += [part.register_forward_hook(leave) for part in parts]
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
