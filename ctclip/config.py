@@ -102,6 +102,8 @@ def from_dict(schema: type[T], data: Mapping[str, Any], source: str = "config") 
                 raise ConfigError(f"{source}: {'.'.join([*path[:-1], complaint])}") from None
         else:
             complaint = f"{first['msg']}, got {first['input']!r}"
+            if first["type"] == "string_type" and not isinstance(first["input"], Mapping | list):
+                complaint += f"; in quotes it is text: '\"{first['input']}\"'"
         key = f"{'.'.join(path)}: " if path else ""
         raise ConfigError(f"{source}: {key}{complaint}") from None
 

@@ -52,6 +52,7 @@ def test_a_saved_config_loads_back(tmp_path):
         ("step=1", r"unknown config key step; did you mean steps\?"),
         ("steps=many", r"steps: .*integer.*'many'"),
         ("optim=3", "optim: .*3"),
+        ("note=2024", "note: .*string, got 2024; in quotes it is text: '\"2024\"'$"),
         ("steps=true", "^command line: steps: expected a number, got True$"),
         ("optim.lr=yes", "optim.lr: expected a number, got True"),
         ("optim.betas=[0.9,false]", "optim.betas: expected a number, got False"),
@@ -82,6 +83,10 @@ def test_a_broken_yaml_is_named(tmp_path):
 
     with pytest.raises(config.ConfigError, match="bad.yaml: not a readable config"):
         config.load(Run, path)
+
+
+def test_a_number_in_quotes_is_text():
+    assert config.load(Run, None, ['note="2024"']).note == "2024"
 
 
 def test_a_list_is_no_config(tmp_path):
