@@ -220,6 +220,7 @@ def run(config: PretrainConfig, evaluators: Sequence[Evaluator] = ()) -> Path:
 def _train(
     config: PretrainConfig, settings: dict[str, Any], evaluators: Sequence[Evaluator]
 ) -> Path:
+    _require_no_other_run(Path(config.out), config)  # none that came while this one waited
     model = Path(config.out) / "model.safetensors"
     checkpoint = resume.newest_intact(model.parent / "checkpoints")
     if checkpoint is not None and _is_finished(config, checkpoint):
