@@ -1,7 +1,9 @@
 """One job to a run folder: two would write over each other's checkpoints without a word."""
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from pathlib import Path
 
 from ctclip import distributed
 from ctclip.training.resume import explained_disk_errors
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -64,6 +68,15 @@ def _locked(out: Path) -> int:
                     f"folder with out=FOLDER"
                 ) from None
             time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning(
+                "the file system of %s has no locks (%s): see to it that no other job trains there",
+                out,
+                error.strerror,
+            )
+            return lock
 
 
 def _leave_no_empty_folder(out: Path) -> None:
